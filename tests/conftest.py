@@ -1,0 +1,189 @@
+"""What the tests of train_gpt.py share: a tiny model, a toy corpus, real processes, and logs read back.
+
+Fixtures: cfg, make_cfg, toy_data, toy_settings, toy_env, run_program, read_log, quiet, make_run.
+"""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""         # the tests' claims are about the CPU, wherever they run
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import prepare_data  # noqa: E402
+import train_gpt  # noqa: E402
+
+torch.set_num_threads(1)
+
+PROGRAM = ROOT / "train_gpt.py"
+VOCAB = 320             # 256 byte pieces, 4 control pieces, the letters, and a few merged pieces
+TRAIN_SIZES, VAL_SIZE = (6000, 4501, 3002), 1501
+TINY = dict(
+    dataset=f"toy_sp{VOCAB}", vocab_size=VOCAB, seq_len=32, num_layers=3, model_dim=64, num_heads=4,
+    num_kv_heads=2, mlp_mult=2.0, rope_dims=8, xsa_last_n=2, num_loops=1, loop_start=1, loop_end=1,
+    parallel_residual_start=2, iterations=6, max_wallclock_seconds=0.0, train_batch_tokens=256,
+    micro_batch_seqs=4, warmup_steps=0, train_log_every=2, gptq_calibration_batches=2,
+    matrix_clip_sigmas=12.85, eval_stride=8, eval_batch_seqs=16, ttt_chunk_tokens=256)
+WORDS = ("the model reads a page and learns from every line that it has scored before any weight may "
+         "move while the clock runs and bytes are counted in the open").split()
+
+
+# ------------------------------------------------------------------------------------------------
+# Configurations and data
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Let every test draw the same random tensors, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
+def prose(rng: np.random.Generator) -> str:
+    """A made-up document of some dozens of words, one in ten of them with a digit."""
+    words = rng.choice(WORDS, int(rng.integers(20, 80)))
+    return " ".join(f"{w}{rng.integers(10)}" if rng.random() < 0.1 else w for w in words) + "."
+
+
+def write_shard(path: Path, ids: np.ndarray):
+    """Write token ids as a shard in the challenge's format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(prepare_data.shard_header(len(ids)) + np.asarray(ids, "<u2").tobytes())
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory) -> Path:
+    """A data_dir with three train shards of different lengths, one val shard and their tokenizer."""
+    data_dir, rng = tmp_path_factory.mktemp("toy") / "data", np.random.default_rng(5)
+    texts = [prose(rng) for _ in range(500)]
+    model = prepare_data.train_tokenizer(texts, VOCAB)
+    tokenizer = prepare_data.load_tokenizer(model)
+    ids = np.concatenate(list(prepare_data.encode(tokenizer, texts, set())))
+    layout = prepare_data.Layout(data_dir, "toy", f"toy_sp{VOCAB}", VOCAB)
+    cuts = np.cumsum([VAL_SIZE, *TRAIN_SIZES])
+    assert len(ids) >= cuts[-1], "the toy corpus is too short for its shards"
+    val, *train, _ = np.split(ids, cuts)
+    for split, shards in dict(val=[val], train=train).items():
+        for i, part in enumerate(shards):
+            write_shard(layout.shard(split, i), part)
+    layout.tokenizer.parent.mkdir(parents=True)
+    layout.tokenizer.write_bytes(model)
+    return data_dir
+
+
+@pytest.fixture
+def make_cfg(toy_data, tmp_path):
+    """A function of overrides that returns a tiny `Config` on the toy corpus, writing to tmp_path."""
+    def make(**overrides) -> train_gpt.Config:
+        return train_gpt.Config(**{**TINY, "data_dir": str(toy_data), "out_dir": str(tmp_path),
+                                   **overrides})
+    return make
+
+
+@pytest.fixture
+def cfg(make_cfg) -> train_gpt.Config:
+    """The tiny `Config`: 3 layers, 64 wide, 32 tokens of context, 8 sequences a step."""
+    return make_cfg()
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs in this process
+# ------------------------------------------------------------------------------------------------
+
+class QuietLog:
+    """Stands in for train_gpt.Log: prints nothing and remembers `events` and raw `lines`."""
+
+    def __init__(self):
+        """Nothing has been logged."""
+        self.events, self.lines = [], []
+
+    def __call__(self, event: str, **values):
+        """Remember an event and its values as they are, not as text."""
+        self.events.append((event, values))
+
+    def line(self, text: str):
+        """Remember a raw line."""
+        self.lines.append(text)
+
+    def of(self, event: str) -> list[dict]:
+        """The values of all events of one name, in order."""
+        return [values for name, values in self.events if name == event]
+
+
+@pytest.fixture
+def quiet() -> QuietLog:
+    """A log that prints nothing and remembers its events."""
+    return QuietLog()
+
+
+@pytest.fixture
+def make_run(quiet):
+    """A function of a `Config` that returns a `Run` of one process with a quiet log."""
+    def make(cfg: train_gpt.Config, dist=None) -> train_gpt.Run:
+        return train_gpt.start_run(cfg, dist or train_gpt.Dist({}), quiet)
+    return make
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs in processes of their own
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def toy_settings(toy_data) -> dict[str, str]:
+    """Environment of a complete tiny run of all stages; OUT_DIR is the caller's to set."""
+    values = {**TINY, "data_dir": toy_data}
+    return {name.upper(): str(value) for name, value in values.items()}
+
+
+@pytest.fixture
+def toy_env(toy_settings, tmp_path) -> dict[str, str]:
+    """Environment of a complete tiny run of all stages, writing to tmp_path."""
+    return {**toy_settings, "OUT_DIR": str(tmp_path)}
+
+
+@pytest.fixture(scope="session", name="run_program")
+def run_program_fixture(tmp_path_factory):
+    """A function (env, *, args, world, timeout, program, cwd) that runs train_gpt.py for real."""
+    folder = tmp_path_factory.mktemp("cwd")
+
+    def run_program(env: dict, *, args=(), world: int = 1, timeout: float = 60.0,
+                    program: Path = PROGRAM, cwd: Path = folder) -> subprocess.CompletedProcess:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+        command = [sys.executable, *(launcher if world > 1 else ()), str(program), *args]
+        clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        clean |= dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **env)
+        return finish(subprocess.Popen(command, env=clean, cwd=cwd, text=True, start_new_session=True,
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE), timeout)
+    return run_program
+
+
+def finish(process: subprocess.Popen, timeout: float) -> subprocess.CompletedProcess:
+    """Wait for a process that leads its own group; fail, and end the whole group, on a timeout."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"no end after {timeout} s\n{out[-2000:]}\n{err[-2000:]}")
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def parse_line(line: str) -> tuple[str, dict[str, str]]:
+    """(event, values) of a log line `event key=value ...`; a value with spaces is a JSON string."""
+    event, _, rest = line.partition(" ")
+    pairs = re.findall(r'(\S+?)=("(?:[^"\\]|\\.)*"|\S*)', rest)
+    return event, {k: json.loads(v) if v.startswith('"') else v for k, v in pairs}
+
+
+@pytest.fixture(scope="session", name="read_log")
+def read_log_fixture():
+    """A function of a log's path that returns its lines as (event, values), values being text."""
+    return lambda path: [parse_line(line) for line in Path(path).read_text().splitlines()]

@@ -1,0 +1,612 @@
+"""pack.py: the packed file is the same program, and nothing but the source decides its bytes.
+
+Run alone with `python -m pytest tests/test_pack.py`; no GPU, no network, under half a minute.
+"""
+import ast
+import base64
+import dis
+import importlib.util
+import json
+import lzma
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import pack  # noqa: E402  (the repository is no installed package)
+
+TRAIN = ROOT / "train_gpt.py"
+PACKED_TRAIN = ROOT / "packed" / "train_gpt.py"
+CODE_BUDGET_BYTES = 16_000
+
+TOY = '''\
+#!/usr/bin/env python3
+"""A program with a little of everything that packing could break."""
+import inspect
+import json
+import re
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+GREETING: str = "good day"     # a module name others may read
+total_calls: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fields live in annotations."""
+    width: int = 3       # prose
+    name: str = "toy"
+
+    def scaled(self, factor_of_width: float = 2.0) -> float:
+        """Multiply."""
+        scaled_width: float = self.width * factor_of_width
+        return scaled_width
+
+
+class Pair(NamedTuple):
+    """Two numbers."""
+    left: int
+    right: int = 7
+
+
+def keyword_only(long_parameter_name: int, *others: int, option_name: str = "x", **rest) -> list:
+    """Callers use these names."""
+    global total_calls
+    total_calls += 1
+    collected_values = [long_parameter_name * value for value in others]
+    return [collected_values, option_name, sorted(rest)]
+
+
+def make_counter(start_value):
+    """A closure over a parameter and a local."""
+    current_value = start_value
+
+    def advance():
+        """Move on."""
+        nonlocal current_value
+        current_value += 1
+        return current_value, start_value
+    return advance
+
+
+def fail(divisor):
+    """Raise two frames down."""
+    message_text = f"cannot divide by {divisor!r}"
+    assert divisor != 13, "unlucky"
+    return json.dumps([message_text, 1 // divisor])
+
+
+def facts() -> dict:
+    """What the tests compare between the readable and the packed program."""
+    counter = make_counter(start_value=4)
+    counter()
+    return {
+        "main": __name__, "file": Path(__file__).name, "argv": sys.argv[1:],
+        "fields": [(f.name, f.type.__name__, f.default) for f in fields(Config)],
+        "scaled": Config(width=5).scaled(factor_of_width=1.5), "pair": Pair(left=1)._asdict(),
+        "keywords": keyword_only(long_parameter_name=2, option_name="y", extra=1),
+        "stars": keyword_only(2, 3, 4), "calls": total_calls, "counter": counter(),
+        "greeting": GREETING, "quotes": f"{GREETING!r:>12} {'a' + 'b'} \\n \\x00 {{}}",
+        "source": [re.search(r"^(?:def|class) (\\w+)", inspect.getsource(thing), re.M)[1]
+                   for thing in (fail, Config, Pair, make_counter)],
+    }
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["fail"]:
+        fail(divisor=0)
+    print(json.dumps(facts(), sort_keys=True))
+'''
+
+NEW_FSTRINGS = ['f"{d["k"]}"', "f'{f'{1}'}'", 'f"{chr(10)}{"\\n"}"', "f'''{f\"{'''x'''}\"}'''",
+                'f"{1 + f"{2}"}"', "f'{d[\n1]}'", 'f"{f\'a"b\'}"', "f'{1:{\"'\"}}'"]
+OLD_FSTRINGS = ["f\"{d['k']}\"", 'f"\\n{1}\\t"', "f'''{d[\"'\"]}'''", "f'{1:>{3}} {{}}'",
+                "f\"{f'{1}'}\"", "f'''{1}\n'a' \"b\"'''", "rf'{1}\\d'", "f'{d[\"#\"]}' # note",
+                "f'a' 'b' f\"c{1}\""]
+
+
+def find_pythons(oldest=(3, 10)):
+    """Return one working interpreter a version, from `oldest` on, by what is on this machine."""
+    named = [shutil.which(f"python3.{minor}") for minor in range(oldest[1], 20)]
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    kept_aside = sorted(str(path) for path in versions.glob("3.*/bin/python"))
+    found = {}
+    for path in [sys.executable, *filter(None, named), *kept_aside]:
+        code = "import lzma, sys; print('%d.%d' % sys.version_info[:2])"
+        done = subprocess.run([path, "-c", code], capture_output=True, text=True)
+        version = done.stdout.strip()
+        if not done.returncode and tuple(map(int, version.split("."))) >= oldest:
+            found.setdefault(version, path)
+    return found
+
+
+PYTHONS = find_pythons()
+
+
+def run(path, *args, python=sys.executable, cwd=None, env=None):
+    """Run a Python file in a subprocess with text output."""
+    return subprocess.run([python, str(path), *args], capture_output=True, text=True, cwd=cwd,
+                          env={**os.environ, "LC_ALL": "C.UTF-8", **(env or {})}, timeout=60)
+
+
+def cli(capsys, *args):
+    """Run the command line in this process: exit code, lines printed, lines of error."""
+    code = pack.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return code, out.splitlines(), err.splitlines()
+
+
+def program(source):
+    """The minified text of a source, for looking at."""
+    return pack.minify_source(source)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """The toy program as toy.py with packed/toy.py beside it."""
+    folder = tmp_path_factory.mktemp("toy")
+    (folder / "toy.py").write_text(TOY)
+    assert pack.main(["--source", str(folder / "toy.py")]) == 0
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------
+# The same program
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("version", PYTHONS)
+def test_packed_does_what_the_source_does_on_every_python_here(toy, version):
+    """Output, exit code, __main__, __file__, fields, keywords, closures and getsource agree."""
+    runs = [run(toy / name, "a", "b c", python=PYTHONS[version])
+            for name in ("toy.py", "packed/toy.py")]
+    assert runs[0].stdout == runs[1].stdout and not runs[1].stderr
+    facts = json.loads(runs[1].stdout)
+    assert facts["main"] == "__main__" and facts["argv"] == ["a", "b c"]
+    assert facts["source"] == ["fail", "Config", "Pair", "make_counter"]
+
+
+def test_packed_runs_from_another_directory_as_a_launcher_starts_it(toy, tmp_path):
+    """A relative path, another working directory and a rank in the environment change nothing."""
+    relative = os.path.relpath(toy / "packed" / "toy.py", tmp_path)
+    ranked = run("-u", relative, cwd=tmp_path, env={"RANK": "1", "LOCAL_RANK": "1"})
+    assert ranked.stdout == run(toy / "toy.py").stdout and ranked.returncode == 0
+
+
+@pytest.mark.parametrize("version", PYTHONS)
+def test_traceback_shows_the_real_lines(toy, version):
+    """Each frame prints the line that --unpack prints under that number, and never the payload."""
+    done = run(toy / "packed" / "toy.py", "fail", python=PYTHONS[version])
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    assert max(map(len, done.stderr.splitlines())) < 300
+    lines = pack.unpack_source((toy / "packed" / "toy.py").read_bytes()).splitlines()
+    frames = re.findall(r'toy\.py", line (\d+), in (\S+)\n    (.*)', done.stderr)
+    assert [name for _, name, _ in frames] == ["<module>", "fail"]
+    assert all(shown in lines[int(number) - 1] for number, _, shown in frames)
+
+
+def test_packed_file_can_be_imported(toy):
+    """As a module it keeps its name, runs no main block and offers what the source offers."""
+    spec = importlib.util.spec_from_file_location("packed_toy", toy / "packed" / "toy.py")
+    module = importlib.util.module_from_spec(spec)
+    hook = sys.excepthook
+    sys.modules["packed_toy"] = module
+    try:
+        spec.loader.exec_module(module)
+        facts = module.facts()
+    finally:
+        del sys.modules["packed_toy"]
+        sys.excepthook = hook
+    assert facts["main"] == "packed_toy" and module.Config().width == 3
+    assert set(module.keyword_only.__code__.co_varnames[:2]) <= {"long_parameter_name",
+                                                                 "option_name"}
+
+
+def test_exactly_two_lines_of_ascii(toy):
+    """The packed file is two lines; the second holds the payload."""
+    data = (toy / "packed" / "toy.py").read_bytes()
+    assert data.isascii() and data.count(b"\n") == 2 and data.endswith(b"\n")
+    assert len(ast.parse(data.splitlines()[0]).body) == 1
+
+
+def skeleton(code):
+    """What a code object does, with the names of its locals replaced by their order of use.
+
+    Left out: how cells are set up (by order of names) and how a method call is prepared (Python
+    3.11 does it otherwise for a local that is called like an import).
+    """
+    silent = {"NOP", "MAKE_CELL", "LOAD_CLOSURE", "COPY_FREE_VARS", "PUSH_NULL"}
+    order, steps = {}, []
+    for op in dis.get_instructions(code):
+        if op.opcode in (*dis.haslocal, *dis.hasfree) and op.opname not in silent:
+            steps.append((op.opname, order.setdefault(op.argval, len(order))))
+        elif isinstance(op.argval, type(code)):
+            steps.append(skeleton(op.argval))
+        elif op.opname not in silent and op.opcode not in (*dis.hasjrel, *dis.hasjabs):
+            value = repr(op.argval).split("<locals>")[0]             # 3.10: f.<locals>.name
+            steps.append((op.opname.replace("METHOD", "ATTR"), value))
+    named = slice(max(1, code.co_posonlyargcount), code.co_argcount + code.co_kwonlyargcount)
+    return steps, code.co_argcount, code.co_varnames[named]          # the first may be self
+
+
+def functions(tree):
+    """Skeletons of all functions and classes in a module, in order, whatever lines they are on."""
+    for node in ast.walk(tree):
+        if hasattr(node, "lineno"):
+            node.lineno = node.end_lineno = 1
+            node.col_offset = node.end_col_offset = 0
+    code = compile(ast.fix_missing_locations(tree), "here", "exec")
+    return [skeleton(inner) for inner in code.co_consts if isinstance(inner, type(code))]
+
+
+def without_prose(source):
+    """Parse a source without annotations that document and without docstrings."""
+    tree = pack.Bare().visit(ast.parse(source))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if ast.get_docstring(node) is not None:
+                node.body[0] = ast.Pass()
+    return tree
+
+
+SAMPLES = [Path(importlib.util.find_spec(name).origin)
+           for name in ("statistics", "textwrap", "http.client", "queue", "asyncio.tasks")]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="newer bytecode pairs and shares locals")
+@pytest.mark.parametrize("path", [p for p in [TRAIN, *SAMPLES] if p.exists()], ids=lambda p: p.stem)
+def test_minified_functions_run_the_same_instructions(path):
+    """Beside the names of locals, every function compiles to the instructions it had."""
+    source = path.read_text()
+    before, after = functions(without_prose(source)), functions(ast.parse(program(source)))
+    assert len(before) == len(after) > 5
+    for old, new in zip(before, after):
+        assert old == new
+
+
+# ------------------------------------------------------------------------------------------------
+# What goes and what stays
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("source, gone", [
+    ('"""module prose"""\nx = 1', "prose"),
+    ("def f():\n    'docstring'\n    return 1  # note", "docstring"),
+    ("def f():\n    return 1  # note", "note"),
+    ("def f(a: int) -> str: return a", "int"),
+    ("def f(a: int) -> str: return a", "str"),
+    ("async def f(*a: int, **b: 'bool'): c: float = 1; return c", "bool"),
+    ("x: float = 1", "float"),
+    ("def f():\n    long_local_name = 1\n    return long_local_name * long_local_name", "local"),
+])
+def test_what_goes(source, gone):
+    """Prose, documenting annotations and long local names are not in the packed program."""
+    assert gone not in program(source)
+
+
+@pytest.mark.parametrize("source, kept", [
+    ("from dataclasses import dataclass\n@dataclass\nclass A:\n    b: int = 1", "b:int=1"),
+    ("class A:\n    b: int", "b:int"),
+    ("class A:\n    if 1:\n        b: int = 2", "b:int=2"),
+    ("import triton.language as tl\ndef f(a: int, B: tl.constexpr): return B", "B:tl.constexpr"),
+    ("import triton.language as tl\nB: tl.constexpr = 3", "B:tl.constexpr=3"),
+    ("def f(a: 'tl.constexpr'): return a", "a:'tl.constexpr'"),
+    ("def f(a):\n    assert a, 'message'", "assert a,'message'"),
+    ("def f(*, parameter_name): return parameter_name * parameter_name", "*,parameter_name"),
+    ("def f(a, b, /, c): return a", ",/,c"),
+    ("module_name = other.attribute_name", "module_name=other.attribute_name"),
+    ("class A:\n    def f(self): self.field_name = 1", ".field_name=1"),
+    ("def f(x): return locals(), [long_name for long_name in x]", "long_name"),
+])
+def test_what_stays(source, kept):
+    """Annotations that mean something, asserts, and every name that others can see."""
+    assert kept in program(source)
+
+
+def test_parameters_get_no_alias():
+    """A second name would keep a tensor alive that the function rebinds or deletes."""
+    body = "".join(f"    big_parameter = big_parameter + {i}\n" for i in range(20))
+    text = program(f"def f(big_parameter):\n{body}    del big_parameter\n")
+    assert "=big_parameter\n" not in text and "=big_parameter;" not in text
+
+
+def test_a_class_names_its_first_parameter_as_it_likes():
+    """self may be renamed, since no caller names it, but not in a static method."""
+    text = program("class A:\n    def f(self): return self.a + self.b\n"
+                   "    @staticmethod\n    def g(self_like): return self_like + self_like")
+    assert "self." not in text and "g(self_like)" in text
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_strings_survive(first, second):
+    """Any string comes back, or packing refuses it because it would break line numbers."""
+    source = f"A = {first!r}\nB = f'{{A}}' {second!r}\nC = [{second!a}, {first.encode('utf8')!r}]\n"
+    try:
+        packed = pack.pack_source(source)
+    except pack.PackError as error:
+        assert "line numbers" in str(error)
+        assert re.search("[\x1c-\x1e\x85\u2028\u2029]", first + second)
+        return
+    names = {}
+    exec(pack.unpack_source(packed), names)
+    assert (names["A"], names["B"], names["C"]) == (first, first + second, [second, first.encode()])
+
+
+# ------------------------------------------------------------------------------------------------
+# Bytes that depend on the source alone, and on Python 3.10
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("version", PYTHONS)
+def test_every_python_packs_to_the_same_bytes(toy, tmp_path, version):
+    """Python's version and hash seed do not show in the result."""
+    library = Path(importlib.util.find_spec("python_minifier").origin).parent
+    shutil.copytree(library, tmp_path / "python_minifier", ignore=shutil.ignore_patterns("*.pyc"))
+    done = run(ROOT / "pack.py", "--source", str(toy / "toy.py"), "--out", str(tmp_path / "p.py"),
+               python=PYTHONS[version], env={"PYTHONHASHSEED": "7", "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "p.py").read_bytes() == (toy / "packed" / "toy.py").read_bytes()
+
+
+def test_line_endings_and_byte_order_mark_do_not_matter(toy, tmp_path):
+    """A checkout with CRLF packs to the same bytes."""
+    (tmp_path / "toy.py").write_bytes(b"\xef\xbb\xbf" + TOY.replace("\n", "\r\n").encode())
+    assert pack.main(["--source", str(tmp_path / "toy.py")]) == 0
+    packed = (tmp_path / "packed" / "toy.py").read_bytes()
+    assert packed == (toy / "packed" / "toy.py").read_bytes()
+
+
+def test_the_program_inside_fits_the_oldest_python(toy):
+    """Grammar of 3.10 for both layers, where no 3.10 is at hand to run them."""
+    packed = (toy / "packed" / "toy.py").read_bytes()
+    for text in (packed.decode(), pack.unpack_source(packed)):
+        ast.parse(text, feature_version=pack.OLDEST)
+        assert pack.line_of_new_fstring(text) == 0
+
+
+@pytest.mark.parametrize("source", ["try:\n    f()\nexcept* ValueError:\n    pass",
+                                    "type X = int", "def f[T](x: T): return x", "x = 'a", "\0",
+                                    "x = '\ud800'"])
+def test_newer_grammar_is_refused(source):
+    """What 3.10 cannot read is refused with one line."""
+    with pytest.raises(pack.PackError, match="^the source is no Python 3.10 program: [^\n]*$"):
+        pack.pack_source(source)
+
+
+def test_fstrings_of_python_3_12_are_refused_by_every_python():
+    """The scan finds exactly the f-strings that 3.10 and 3.11 cannot parse."""
+    code = ("import json, sys; sys.path.insert(0, sys.argv[1]); import pack\n"
+            "def refused(text):\n"
+            "    try: pack.parse('x = 1\\ny = ' + text, 'it')\n"
+            "    except pack.PackError: return True\n"
+            "    return False\n"
+            "print(json.dumps([refused(text) for text in json.loads(sys.argv[2])]))")
+    samples = NEW_FSTRINGS + OLD_FSTRINGS
+    expected = [True] * len(NEW_FSTRINGS) + [False] * len(OLD_FSTRINGS)
+    for version, path in PYTHONS.items():
+        done = run("-c", code, str(ROOT), json.dumps(samples), python=path)
+        assert json.loads(done.stdout) == expected, (version, done.stdout, done.stderr)
+
+
+# ------------------------------------------------------------------------------------------------
+# Unpacking, checking, refusing
+# ------------------------------------------------------------------------------------------------
+
+def test_unpack_round_trips(toy, capsys):
+    """--unpack prints the minified program, line for line as tracebacks number it."""
+    packed = toy / "packed" / "toy.py"
+    code, lines, _ = cli(capsys, "--unpack", packed)
+    text = pack.unpack_source(packed.read_bytes())
+    assert code == 0 and lines == text.splitlines()
+    assert ast.dump(ast.parse(text)) == ast.dump(ast.parse(program(TOY)))
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_unpack_reads_other_wrappers_and_runs_nothing(tmp_path, capsys, raw):
+    """The public entries' forms, raw LZMA2 and .xz, are read as data."""
+    inside = b"open('ran', 'w')\nprint('hello')\n" * 9
+    if raw:
+        data = lzma.compress(inside, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])
+        call = 'exec(L.decompress(B.b85decode("%s"),format=L.FORMAT_RAW,filters=[F]))'
+    else:
+        data, call = lzma.compress(inside), "exec(L.decompress(B.b85decode('%s')))"
+    path = tmp_path / "entry.py"
+    path.write_text("import lzma as L,base64 as B\n" + call % base64.b85encode(data).decode())
+    code, lines, _ = cli(capsys, "--unpack", path)
+    assert code == 0 and lines == inside.decode().splitlines()
+    assert pack.is_packed(path.read_bytes()) and not (tmp_path / "ran").exists()
+
+
+def test_packed_input_is_refused(toy, capsys, tmp_path):
+    """No wrapper in a wrapper, whichever way the packed file comes in."""
+    packed = toy / "packed" / "toy.py"
+    with pytest.raises(pack.PackError, match="packed already"):
+        pack.pack_source(packed.read_text())
+    for args in (["--source", packed], ["--check", "--source", packed]):
+        code, lines, errors = cli(capsys, *args, "--out", tmp_path / "twice.py")
+        assert code == 2 and not lines and len(errors) == 1 and "packed already" in errors[0]
+    assert not (tmp_path / "twice.py").exists()
+    assert not pack.is_packed(TOY.encode())
+
+
+def test_current_file_passes(toy, capsys):
+    """--check says so and prints sizes."""
+    code, lines, errors = cli(capsys, "--check", "--source", toy / "toy.py")
+    assert code == 0 and "is current" in lines[0] and not errors
+
+
+def flip_is_noticed(toy, offset, change):
+    """Tell whether the check fails for the packed file with one byte changed."""
+    data = bytearray((toy / "packed" / "toy.py").read_bytes())
+    data[offset % len(data)] ^= change
+    return pack.check(TOY, bytes(data)) != ""
+
+
+def test_a_flipped_byte_is_noticed_everywhere(toy):
+    """Both lines, the payload and the last newline, at every 29th byte and at both ends."""
+    size = (toy / "packed" / "toy.py").stat().st_size
+    offsets = {*range(0, size, 29), *range(40), *range(size - 20, size)}
+    assert all(flip_is_noticed(toy, offset, 1) for offset in offsets)
+
+
+@settings(max_examples=60, deadline=None)
+@given(offset=st.integers(0, 1 << 20), change=st.integers(1, 255))
+def test_any_changed_byte_is_noticed(toy, offset, change):
+    """Any byte, any change."""
+    assert flip_is_noticed(toy, offset, change)
+
+
+@pytest.mark.parametrize("damage, named", [
+    (lambda data: data[:-9], "damaged"),
+    (lambda data: data.replace(b"b85decode('", b"b85decode('~~"), "damaged"),
+    (lambda data: b"print('no payload at all')\n", "damaged"),
+    (lambda data: b"\0\1", "damaged"),
+    (lambda data: data.replace(b"sys,", b"os,"), "other bytes, the first at offset"),
+    (lambda data: data + b"\n", "other bytes, the first at offset"),
+])
+def test_check_names_what_is_wrong(toy, capsys, tmp_path, damage, named):
+    """Exit code 1 and one line."""
+    out = tmp_path / "toy.py"
+    out.write_bytes(damage((toy / "packed" / "toy.py").read_bytes()))
+    code, lines, errors = cli(capsys, "--check", "--source", toy / "toy.py", "--out", out)
+    assert code == 1 and not lines and len(errors) == 1 and named in errors[0]
+
+
+@pytest.mark.parametrize("old, new, named", [
+    ("GREETING!r:>12", "GREETING!r:>13", "`facts` differs"),
+    ("left: int", "left: float", "`Pair` differs"),
+    ('"good day"', '"good night"', "`GREETING='good night'` differs"),
+    ('if __name__', 'x = 1\nif __name__', "`x=1` differs"),
+    ("    print(json.dumps(facts(), sort_keys=True))\n", "    pass\nx = 1\n", "stale"),
+])
+def test_stale_file_is_noticed(toy, capsys, tmp_path, old, new, named):
+    """A changed source makes the packed file stale, and the message names the statement."""
+    source = tmp_path / "toy.py"
+    source.write_text(TOY.replace(old, new))
+    assert source.read_text() != TOY
+    packed = toy / "packed" / "toy.py"
+    code, lines, errors = cli(capsys, "--check", "--source", source, "--out", packed)
+    assert code == 1 and not lines and len(errors) == 1 and "stale" in errors[0]
+    assert named in errors[0].replace(" = ", "=")
+
+
+def test_prose_does_not_make_it_stale(toy, capsys, tmp_path):
+    """Comments, docstrings and annotations may change without packing again."""
+    source = tmp_path / "toy.py"
+    source.write_text(TOY.replace("# prose", "# longer prose").replace('"""Multiply."""', "'x'")
+                      .replace("start_value):", "start_value: int):"))
+    assert cli(capsys, "--check", "--source", source, "--out", toy / "packed" / "toy.py")[0] == 0
+
+
+def test_missing_packed_file_fails_the_check(toy, capsys, tmp_path):
+    """--check does not make one."""
+    out = tmp_path / "none.py"
+    code, _, errors = cli(capsys, "--check", "--source", toy / "toy.py", "--out", out)
+    assert code == 1 and "missing" in errors[0] and len(errors) == 1 and not out.exists()
+
+
+@pytest.mark.parametrize("content", [None, b"x = (", b"\xff\xfe", b"x = 'a\0b'", b"\tx=1\n y"])
+def test_bad_source_is_one_line_and_leaves_the_packed_file(capsys, tmp_path, content):
+    """Exit code 2; what was packed before stays whole and no half-written file remains."""
+    source, out = tmp_path / "bad.py", tmp_path / "packed" / "bad.py"
+    out.parent.mkdir()
+    out.write_bytes(b"before")
+    if content is not None:
+        source.write_bytes(content)
+    for action in ([], ["--check"]):
+        code, lines, errors = cli(capsys, *action, "--source", source)
+        assert code == 2 and not lines and len(errors) == 1
+        assert errors[0].startswith("pack.py: ")
+    assert out.read_bytes() == b"before" and os.listdir(out.parent) == ["bad.py"]
+
+
+@pytest.mark.parametrize("content", [None, b"print('plain')", b"x = (", b"", b"\0"])
+def test_unpack_of_something_else_is_one_line(capsys, tmp_path, content):
+    """Exit code 2 and the file named."""
+    path = tmp_path / "other.py"
+    if content is not None:
+        path.write_bytes(content)
+    code, lines, errors = cli(capsys, "--unpack", path)
+    assert code == 2 and not lines and len(errors) == 1 and "other.py" in errors[0]
+
+
+def test_the_source_is_never_overwritten(toy, capsys, tmp_path):
+    """--out may not be the source, under any spelling of its path."""
+    source = tmp_path / "toy.py"
+    source.write_text(TOY)
+    (tmp_path / "link.py").symlink_to(source)
+    for out in (source, tmp_path / "sub" / ".." / "toy.py", tmp_path / "link.py"):
+        code, _, errors = cli(capsys, "--source", source, "--out", out)
+        assert code == 2 and "overwrite" in errors[0]
+    assert source.read_text() == TOY
+
+
+# ------------------------------------------------------------------------------------------------
+# Sizes
+# ------------------------------------------------------------------------------------------------
+
+def test_report_counts_what_is_there(toy, capsys, tmp_path):
+    """Sizes, hash and what is left are those of the files; the newest artifact counts."""
+    source = tmp_path / "toy.py"
+    source.write_text(TOY)
+    for age, (name, size) in enumerate([("new", 15_000_000), ("old", 9)]):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        path = tmp_path / "runs" / name / "model.golf"
+        with path.open("wb") as file:
+            file.truncate(size)
+        os.utime(path, (1000 - age, 1000 - age))
+    code, lines, _ = cli(capsys, "--source", source)
+    packed = (toy / "packed" / "toy.py").read_bytes()
+    left = 16_000_000 - 15_000_000 - len(packed)
+    shown = "\n".join(lines)
+    assert code == 0
+    assert all(f"{len(data):,} bytes" in shown for data in (TOY.encode(), packed))
+    assert f"15,000,000 {Path('runs/new/model.golf')}, {left:,} left" in shown
+    assert re.search(r"^sha256 +[0-9a-f]{64}$", shown, re.M)
+    assert lines[-1] == "[" + "#" * 47 + "." * 3 + "]" and max(map(len, lines[1:])) <= 100
+
+
+def test_over_the_limit_is_said(toy, tmp_path):
+    """A total above 16,000,000 bytes says by how much."""
+    model = tmp_path / "model.golf"
+    with model.open("wb") as file:
+        file.truncate(16_000_000)
+    lines = list(pack.budget_lines(500, model, tmp_path))
+    assert "OVER BY 500" in lines[0] and lines[1] == "[" + "#" * 50 + "]"
+
+
+def test_a_missing_minifier_is_one_line(toy, capsys, monkeypatch):
+    """Without python-minifier packing says what to install; unpacking works."""
+    monkeypatch.setitem(sys.modules, "python_minifier", None)
+    code, _, errors = cli(capsys, "--check", "--source", toy / "toy.py")
+    assert code == 2 and len(errors) == 1 and "pip install" in errors[0]
+    assert cli(capsys, "--unpack", toy / "packed" / "toy.py")[0] == 0
+
+
+def test_importing_pack_does_nothing(tmp_path):
+    """train_gpt.py may import pack anywhere: no output, no files, no minifier loaded."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import pack; print(*sys.modules)"
+    done = run("-c", code, str(ROOT), cwd=tmp_path)
+    assert "python_minifier" not in done.stdout and not done.stderr and not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(not TRAIN.exists(), reason="no train_gpt.py beside pack.py")
+def test_train_gpt_is_packed_and_current():
+    """The committed packed file is what the committed source packs to."""
+    assert PACKED_TRAIN.exists(), "run pack.py and commit packed/train_gpt.py"
+    assert pack.check(TRAIN.read_text(), PACKED_TRAIN.read_bytes()) == ""
+
+
+@pytest.mark.skipif(not TRAIN.exists(), reason="no train_gpt.py beside pack.py")
+def test_train_gpt_is_within_its_budget():
+    """Packed code leaves room for the model; the best public record takes 18,422 bytes."""
+    assert len(pack.pack_source(TRAIN.read_text())) <= CODE_BUDGET_BYTES

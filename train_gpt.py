@@ -1,0 +1,2166 @@
+#!/usr/bin/env python3
+"""Train a language model in ten minutes, squeeze it into 16,000,000 bytes, and score it legally.
+
+One run: train on the wall clock, quantize with GPTQ, write one artifact, read it back, and score it
+in bits per byte on held-out text, learning from each chunk only after it has been scored.
+
+    RECIPE=demo python train_gpt.py                                      # laptop, a few minutes
+    SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py        # the challenge: 8 x H100
+
+`python train_gpt.py --help` lists every setting; each is an environment variable.
+
+Sections: Configuration, Ranks and logging, Tokens, Batches, Model, Optimizer, Quantization,
+Artifact, Evaluation, Test-time training, Training, Main, in the order in which data meets them.
+
+Shapes: B sequences, T positions, C model width, H query heads, K kv heads, G = H/K, D head width,
+        V vocabulary;  N matrices of one shape, O and I their out and in features;  S shards.
+"""
+import difflib
+import gzip
+import hashlib
+import itertools
+import json
+import lzma
+import math
+import os
+import platform
+import queue
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import attention as torch_attention
+
+
+# ------------------------------------------------------------------------------------------------
+# Configuration: every knob of a run, typed, checked, and settable by its upper-case name
+# ------------------------------------------------------------------------------------------------
+# Defaults are parameter-golf #1876.  Constants tuned there for a run of 4,550 steps (momentum
+# warm-up 1,500 steps, averaging over 286) are fractions here, so that short runs behave alike.
+
+class GolfError(Exception):
+    """Anything a user, a file or a machine can cause; told in one line, exit code 2."""
+
+
+class ConfigError(GolfError):
+    """A setting is unknown, malformed or contradicts another."""
+
+
+class DataError(GolfError):
+    """Tokens, tokenizer or the loss are not what they must be."""
+
+
+class QuantError(GolfError):
+    """A matrix cannot be quantized."""
+
+
+class SizeError(GolfError):
+    """The artifact would not fit."""
+
+
+class ArtifactError(GolfError):
+    """An artifact or checkpoint is missing, damaged or made for another configuration."""
+
+
+class BudgetError(GolfError):
+    """A clock of the challenge ran out."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every knob of a run: `TTT_LR=0.01 python train_gpt.py` sets the field `ttt_lr`.
+
+    A comment gives meaning, unit and what 0 means.  Field names in `GROUPS` open a new group.
+    """
+    recipe: str = "pr1876"  # named set of defaults; variables of the environment override it
+    seed: int = 1337  # fixes initial weights and data order
+    run_id: str = ""  # names the log and the output folder; empty: recipe and seed
+    out_dir: str = "."  # where logs/ and runs/ are written
+    stages: str = "train,quantize,eval"  # what to do, in this order; each reads what the last left
+    compile_enabled: bool = True  # torch.compile on CUDA devices; a CPU always runs eagerly
+    flash_attn: str = "auto"  # installed FlashAttention to use: 3, 4, 2 (PyTorch's own), auto, off
+    checkpoint_seconds: float = 0.0  # seconds between resumable checkpoints; 0: at the end
+    resume: bool = False  # continue the training that this run's checkpoint was saved from
+    data_dir: str = "data"  # holds datasets/<dataset>/ and tokenizers/
+    dataset: str = "fineweb10B_sp8192"  # folder of shards; its first letters name the files
+    loader: str = "coprime"  # order of training blocks: coprime strides, or shuffled
+    seq_len: int = 2048  # tokens of context in training and scoring
+    vocab_size: int = 8192  # pieces of the tokenizer
+    num_layers: int = 11  # transformer layers with weights of their own
+    model_dim: int = 512  # channels of the residual stream
+    num_heads: int = 8  # query heads
+    num_kv_heads: int = 4  # key and value heads, each shared by num_heads / num_kv_heads queries
+    mlp_mult: float = 4.0  # hidden width of the MLP over model_dim
+    rope_dims: int = 16  # head channels that are rotated by position; the rest carry no position
+    rope_base: float = 10000.0  # slowest rotation has about this many positions per radian
+    qk_gain_init: float = 5.25  # initial sharpness of each query head
+    xsa_last_n: int = 11  # last layers whose attention excludes the token's own value; 0: none
+    logit_softcap: float = 30.0  # logits are squashed smoothly into (-softcap, softcap)
+    tied_embed_init_std: float = 0.005  # initial spread of the embedding, also output head
+    num_loops: int = 2  # extra passes over layers loop_start..loop_end; 0: no recurrence
+    loop_start: int = 3  # first recurrent layer
+    loop_end: int = 5  # last recurrent layer
+    parallel_residual_start: int = 7  # from this layer on attention and MLP read the same input
+    skip_gates_enabled: bool = True  # learned gates on the U-Net skips; off: plain weighted sums
+    iterations: int = 20000  # most optimiser steps
+    max_wallclock_seconds: float = 600.0  # training and calibration, seconds; 0: run all iterations
+    train_batch_tokens: int = 786432  # tokens a step over all ranks
+    micro_batch_seqs: int = 64  # most sequences a device handles at once; memory, not results
+    warmup_steps: int = 20  # untimed steps that compile and time each graph, then undone
+    train_log_every: int = 50  # steps between log lines
+    warmdown_frac: float = 0.72  # last part of training over which learning rates fall
+    min_lr: float = 0.0  # learning rate at the end over its peak
+    enable_looping_at: float = 0.35  # part of training after which recurrence is on
+    ema_horizon_frac: float = 0.063  # memory of the weight average over all steps; 0: none
+    tied_embed_lr: float = 0.03  # AdamW step of the embedding
+    matrix_lr: float = 0.022  # Muon step of the matrices
+    scalar_lr: float = 0.02  # AdamW step of vectors and gains
+    muon_wd: float = 0.095  # weight decay of the matrices
+    embed_wd: float = 0.085  # weight decay of the embedding
+    adam_wd: float = 0.02  # weight decay of vectors and gains
+    beta1: float = 0.9  # AdamW memory of the gradient
+    beta2: float = 0.95  # AdamW memory of its square
+    adam_eps: float = 1e-8  # AdamW guard against division by zero
+    muon_momentum: float = 0.99  # Muon memory of the gradient, after its warm-up
+    muon_momentum_warmup_start: float = 0.92  # Muon memory at step 0
+    muon_momentum_warmup_frac: float = 0.33  # part of the expected steps over which it rises
+    muon_row_normalize: bool = True  # rows of the update to unit length before orthogonalisation
+    muon_backend_steps: int = 5  # Newton-Schulz iterations
+    grad_clip_norm: float = 0.3  # longest gradient, L2 over all parameters; 0: no limit
+    matrix_bits: int = 6  # bits a matrix weight
+    embed_bits: int = 8  # bits an embedding weight
+    matrix_clip_sigmas: float = 0.0  # largest code, row deviations; 0: fill target_bytes
+    embed_clip_sigmas: float = 20.0  # the same for the embedding
+    gptq_calibration_batches: int = 64  # training batches behind the Hessians
+    gptq_damping: float = 0.01  # added to a Hessian's diagonal, over its mean
+    gptq_block_size: int = 128  # columns rounded between two large updates; speed, not results
+    target_bytes: int = 16000000  # most bytes of code and model together
+    eval_stride: int = 64  # targets a sliding window scores, all but the first window
+    eval_batch_seqs: int = 64  # windows scored at once; memory, not results
+    sliding_enabled: bool = True  # also score the frozen model in sliding windows
+    ttt_enabled: bool = True  # headline score with test-time training; off: the frozen model's
+    ttt_lr: float = 0.005  # peak SGD step of test-time training, cosine to 0 over chunks
+    ttt_momentum: float = 0.9  # SGD momentum, kept from chunk to chunk
+    ttt_epochs: int = 3  # passes over a chunk after it has been scored
+    ttt_chunk_tokens: int = 32768  # targets scored before the weights may learn from them
+    ttt_grad_clip: float = 1.0  # longest gradient in test-time training
+    eval_wallclock_seconds: float = 600.0  # scoring the quantized model, seconds; 0: no limit
+    baselines_enabled: bool = False  # also compress the validation text with gzip -9 and xz -9e
+
+    def __post_init__(self):
+        """Check every value that can be checked before a clock starts."""
+        problem = next((text for wrong, text in checks(self) if wrong), None)
+        if problem:
+            raise ConfigError(problem)
+
+    def group(self, name: str) -> dict:
+        """Values of the fields of one group of `GROUPS`."""
+        values = asdict(self)
+        starts = [*GROUPS, None]
+        first = next(f for f, g in GROUPS.items() if g == name)
+        names = list(values)
+        end = starts[starts.index(first) + 1]
+        return {n: values[n] for n in names[names.index(first):names.index(end) if end else None]}
+
+    @property
+    def corpus(self) -> str:
+        """Prefix of shard and tokenizer files: `fineweb` for fineweb10B_sp8192."""
+        return re.match("[a-z]*", self.dataset).group()
+
+    @property
+    def name(self) -> str:
+        """Name of this run's log and folder."""
+        return self.run_id or f"{self.recipe}_seed{self.seed}"
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def batch_seqs(self) -> int:
+        """Sequences a step over all ranks."""
+        return self.train_batch_tokens // self.seq_len
+
+    @property
+    def dataset_dir(self) -> Path:
+        """Folder of the shards."""
+        return Path(self.data_dir) / "datasets" / self.dataset
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """SentencePiece model of the dataset."""
+        return Path(self.data_dir) / "tokenizers" / f"{self.corpus}_{self.vocab_size}_bpe.model"
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the checkpoint and the artifact."""
+        return Path(self.out_dir) / "runs" / self.name
+
+
+GROUPS = dict(recipe="run", data_dir="data", vocab_size="model", iterations="training",
+              tied_embed_lr="optimizer", matrix_bits="quantization", eval_stride="scoring")
+
+RECIPES = {
+    "pr1876": {},
+    "demo": dict(
+        dataset="demo_sp1024", vocab_size=1024, seq_len=256, num_layers=4, model_dim=128,
+        num_heads=4, num_kv_heads=2, num_loops=1, loop_start=1, loop_end=2, xsa_last_n=4,
+        parallel_residual_start=3, max_wallclock_seconds=90.0, train_batch_tokens=2048,
+        warmup_steps=3, matrix_clip_sigmas=12.85, ttt_chunk_tokens=4096, baselines_enabled=True),
+}
+
+
+def checks(c: Config):
+    """Yield (is wrong, message) for what types cannot check; a message names variable and value."""
+    values = asdict(c)
+    for name, v in values.items():
+        if type(v) in (int, float):
+            floor = name in MAY_BE_ZERO
+            yield (v < 0 if floor else v <= 0,
+                   f"{name.upper()}={v}: must be {'0 or more' if floor else 'more than 0'}")
+    for name, allowed in CHOICES.items():
+        yield (values[name] not in allowed,
+               f"{name.upper()}={values[name]}: must be one of {', '.join(allowed)}")
+    stages = c.stages.split(",")
+    yield (stages != [s for s in STAGES if s in stages],
+           f"STAGES={c.stages}: must name some of {','.join(STAGES)}, in this order")
+    yield not c.corpus, f"DATASET={c.dataset}: must begin with lower-case letters"
+    yield re.search("[^A-Za-z0-9._-]", c.name), f"RUN_ID={c.name}: letters, digits, . _ - only"
+    for part, whole in DIVIDES:
+        yield (values[whole] % values[part], f"{part.upper()}={values[part]} does not divide "
+               f"{whole.upper()}={values[whole]}")
+    yield (c.rope_dims % 2 or c.rope_dims > c.head_dim,
+           f"ROPE_DIMS={c.rope_dims}: must be even and at most the head width {c.head_dim}")
+    yield (c.num_loops and not c.loop_start <= c.loop_end < c.num_layers,
+           f"LOOP_START={c.loop_start}, LOOP_END={c.loop_end}: must be layers in order, the last "
+           f"at most {c.num_layers - 1}")
+    yield (c.max_wallclock_seconds and not c.warmup_steps,
+           "WARMUP_STEPS=0: a run on the wall clock times its steps first; set it to 1 or more")
+    yield not 2 <= c.matrix_bits <= 8, f"MATRIX_BITS={c.matrix_bits}: must be 2 to 8"
+    yield not 2 <= c.embed_bits <= 8, f"EMBED_BITS={c.embed_bits}: must be 2 to 8"
+    yield (c.logit_softcap > 70,
+           f"LOGIT_SOFTCAP={c.logit_softcap}: must be at most 70, or sums of exp overflow")
+    yield c.vocab_size > 65536, f"VOCAB_SIZE={c.vocab_size}: shards hold 16-bit token ids"
+    yield c.warmdown_frac > 1, f"WARMDOWN_FRAC={c.warmdown_frac}: must be at most 1"
+
+
+CHOICES = dict(loader=("coprime", "shuffled"), flash_attn=("auto", "off", "2", "3", "4"))
+DIVIDES = (("num_heads", "model_dim"), ("num_kv_heads", "num_heads"), ("eval_stride", "seq_len"),
+           ("seq_len", "train_batch_tokens"), ("seq_len", "ttt_chunk_tokens"))
+STAGES = ("train", "quantize", "eval")
+MAY_BE_ZERO = """seed checkpoint_seconds rope_dims xsa_last_n num_loops loop_start loop_end
+    parallel_residual_start max_wallclock_seconds warmup_steps warmdown_frac min_lr ttt_lr muon_wd
+    enable_looping_at ema_horizon_frac embed_wd adam_wd muon_momentum_warmup_frac grad_clip_norm
+    matrix_clip_sigmas ttt_momentum eval_wallclock_seconds""".split()
+
+
+def parse_as(kind: type, text: str):
+    """`text` as a bool, int, finite float or str; raises ValueError or KeyError."""
+    if kind is bool:
+        return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+    value = kind(text)
+    if kind is float and not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def config_from_env(env=os.environ) -> tuple[Config, list[str]]:
+    """The run's `Config` and the names set by the environment.
+
+    A variable that reads like a setting but is none is refused with the nearest name; one that
+    resembles nothing cannot be told from the shell's own.  Raises ConfigError.
+    """
+    defaults = {f.name: f.default for f in fields(Config)}
+    recipe = env.get("RECIPE", "pr1876")
+    if recipe not in RECIPES:
+        raise ConfigError(f"RECIPE={recipe}: must be one of {', '.join(RECIPES)}")
+    chosen = {}
+    for var, text in env.items():
+        name = var.lower()
+        if var.isupper() and name in defaults:
+            kind = type(defaults[name])
+            try:
+                chosen[name] = parse_as(kind, text)
+            except (KeyError, ValueError):
+                raise ConfigError(f"{var}={text!r}: expected {NEEDED[kind]}") from None
+        elif near := difflib.get_close_matches(name, defaults, n=1, cutoff=0.85):
+            raise ConfigError(f"{var} is not a setting; did you mean {near[0].upper()}?")
+    return Config(**{**RECIPES[recipe], **chosen}), list(chosen)
+
+
+NEEDED = {bool: "0 or 1", int: "a whole number", float: "a finite number", str: "text"}
+
+
+def print_help():
+    """Print every setting with its default and, from the comments of `Config`, its meaning."""
+    meanings = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", own_source(), re.M))
+    print("usage: [SETTING=value ...] python train_gpt.py\n\nSettings and defaults "
+          f"(RECIPE: {', '.join(RECIPES)}):")
+    for f in fields(Config):
+        if f.name in GROUPS:
+            print(f"\n{GROUPS[f.name]}")
+        print(f"  {f.name.upper()}={f.default!s:<22} {meanings.get(f.name, '')}")
+
+
+def own_source() -> str:
+    """Text of the file that runs: the readable program or the packed one."""
+    return Path(__file__).read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------
+# Ranks and logging: the only code that knows of other processes, devices, clocks and log files
+# ------------------------------------------------------------------------------------------------
+
+class Dist:
+    """This process among `world` equal ones; every method is the identity where there is one.
+
+    All ranks call the same methods in the same order, whatever their share of the work.
+    """
+
+    def __init__(self, env=os.environ):
+        """Join the process group that torchrun describes in `env`, on this rank's device."""
+        self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        self.on_cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(env.get("LOCAL_RANK", 0))) if self.on_cuda else \
+            torch.device("cpu")
+        self.dtype = torch.bfloat16 if self.on_cuda else torch.float32      # of activations
+        if self.on_cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            torch.distributed.init_process_group("nccl" if self.on_cuda else "gloo")
+        self.is_main = self.rank == 0
+
+    def share(self, items):
+        """This rank's contiguous slice of `items`; the slices of all ranks partition it."""
+        n = len(items)
+        return items[n * self.rank // self.world:n * (self.rank + 1) // self.world]
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Replace `x` by its sum over ranks."""
+        if self.world > 1:
+            torch.distributed.all_reduce(x)
+        return x
+
+    def max(self, value: float) -> float:
+        """Largest `value` of any rank."""
+        x = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MAX)
+        return x.item()
+
+    def join(self, part: Tensor) -> Tensor:
+        """Equal parts of all ranks, concatenated along dimension 0 in rank order."""
+        if self.world == 1:
+            return part
+        whole = part.new_empty(self.world * part.size(0), *part.shape[1:])
+        torch.distributed.all_gather_into_tensor(whole, part.contiguous())
+        return whole
+
+    def check_same(self, what: str, digest: str):
+        """Raise DataError unless every rank holds the same hex `digest`."""
+        value = float(int(digest[:12], 16))                                 # exact: 48 bits
+        if self.max(value) != -self.max(-value):
+            raise DataError(f"{what} differs between ranks; give all of them the same files")
+
+    def wait(self):
+        """Return when every rank has come here and this device has finished its work."""
+        if self.on_cuda:
+            torch.cuda.synchronize()
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def close(self):
+        """Leave the process group."""
+        if self.world > 1:
+            torch.distributed.destroy_process_group()
+
+
+class Late:
+    """Reads a few device numbers one call late, so that the device never waits for the host."""
+
+    def __init__(self):
+        """Nothing has been handed in yet."""
+        self.pending = None
+
+    def swap(self, values: Tensor) -> list[float] | None:
+        """Take `values` (a small tensor, copied) and return those of the call before, or None."""
+        before = self.read()
+        host = torch.empty(values.shape, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
+        done = torch.cuda.Event() if values.is_cuda else None
+        if done:
+            done.record()
+        self.pending = host, done
+        return before
+
+    def read(self) -> list[float] | None:
+        """The numbers handed in last, waiting for them if need be."""
+        if self.pending is None:
+            return None
+        host, done = self.pending
+        if done:
+            done.synchronize()
+        return host.tolist()
+
+
+class Log:
+    """Writes one event a line, `event key=value ...`, to the console and to logs/<run>.txt."""
+
+    def __init__(self, cfg: Config, dist: Dist):
+        """Open the run's log on rank 0; a run that starts with training starts a new log."""
+        self.file = None
+        if dist.is_main:
+            path = Path(cfg.out_dir) / "logs" / f"{cfg.name}.txt"
+            fresh = "train" in cfg.stages and not cfg.resume
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = path.open("w" if fresh else "a", encoding="utf-8")
+            except OSError as e:
+                raise ConfigError(f"{path}: cannot be written ({e.strerror}); see OUT_DIR") from e
+
+    def __call__(self, event: str, **values):
+        """Log `event` with its values; floats are formatted here and nowhere else."""
+        self.line(" ".join([event, *(f"{k}={show(k, v)}" for k, v in values.items())]))
+
+    def line(self, text: str):
+        """Write one raw line."""
+        if self.file:
+            print(text, flush=True)
+            print(text, file=self.file, flush=True)
+
+
+def show(key: str, value) -> str:
+    """`value` as the log spells it: scores to 8 decimals, other floats to 6 digits."""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float):
+        return f"{value:.8f}" if key.endswith(("bpb", "loss")) else f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    text = str(value)
+    return json.dumps(text) if re.search(r'[\s"]', text) or not text else text
+
+
+class Clock:
+    """Seconds of training, of access to training data and of scoring, against their budgets.
+
+    It is also the key to the data: training shards open only before training data is closed,
+    validation shards only after, so nothing can be learnt from validation text before it is scored.
+    """
+
+    def __init__(self, cfg: Config, now=time.perf_counter):
+        """All clocks at zero, training data open; `now` reads a clock in seconds."""
+        self.cfg, self.now, self.phase, self.started = cfg, now, "train", 0.0
+        self.train_seconds = self.data_seconds = self.eval_seconds = 0.0
+
+    def start(self, spent: float = 0.0):
+        """Start the training clock, `spent` seconds of an earlier run already on it."""
+        self.started = self.now() - spent
+
+    def elapsed(self) -> float:
+        """Seconds on the training clock."""
+        return self.now() - self.started
+
+    def allow(self, split: str):
+        """Raise BudgetError unless files of `split` may be opened in this phase."""
+        if (split == "train") != (self.phase == "train"):
+            raise BudgetError(f"{split} files may not be opened in the {self.phase} phase")
+
+    def close_training_data(self, train_seconds: float, data_seconds: float):
+        """End access to training data for good, after so many seconds of training and of access."""
+        self.phase, self.train_seconds, self.data_seconds = "eval", train_seconds, data_seconds
+
+    def refuse_overtime(self):
+        """Raise BudgetError if training data or scoring took longer than its budget."""
+        for what, spent, limit in (
+                ("training data was read", self.data_seconds, self.cfg.max_wallclock_seconds),
+                ("scoring went on", self.eval_seconds, self.cfg.eval_wallclock_seconds)):
+            if limit and spent > limit:
+                raise BudgetError(f"{what} for {spent:.1f} s of {limit:.1f} s allowed; such a run "
+                                  "does not count")
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokens: shards on disk, the validation stream, and how many bytes of text each token stands for
+# ------------------------------------------------------------------------------------------------
+# A shard is 256 little-endian int32 (magic, version, count, zeros) and `count` uint16 token ids.
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+
+
+class Shard(NamedTuple):
+    """One file of tokens; `name` is the file's own, without its folder."""
+    name: str
+    tokens: np.ndarray
+
+
+def read_shard(path: Path) -> Shard:
+    """Map a shard into memory; raises DataError naming the file and what is wrong with it."""
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, "<i4", 256)
+        if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+            raise DataError(f"{path}: not a token shard (magic and version {header[:2].tolist()}, "
+                            f"not {[SHARD_MAGIC, SHARD_VERSION]}); see prepare_data.py")
+        count = int(header[2])
+        if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
+            raise DataError(f"{path}: {size} bytes, but {count} tokens as its header says take "
+                            f"{SHARD_HEADER_BYTES + 2 * count}; see prepare_data.py")
+        return Shard(path.name, np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,)))
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def open_shards(cfg: Config, split: str, clock: Clock, log: Log) -> list[Shard]:
+    """All shards of `split` in name order, for the phase in which they may be read."""
+    clock.allow(split)
+    shards = [read_shard(p) for p in sorted(cfg.dataset_dir.glob(f"{cfg.corpus}_{split}_*.bin"))]
+    if not shards:
+        raise DataError(f"{cfg.dataset_dir}: no {cfg.corpus}_{split}_*.bin; make them with "
+                        "prepare_data.py, or set DATA_DIR and DATASET")
+    sizes = [f"{s.name}:{len(s.tokens)}" for s in shards]
+    log("data", split=split, dataset=cfg.dataset, files=len(shards),
+        tokens=sum(len(s.tokens) for s in shards), sha256=hex_digest(*sizes))
+    return shards
+
+
+def hex_digest(*parts) -> str:
+    """SHA-256 of the parts' text, as hex."""
+    return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()
+
+
+def check_ids(cfg: Config, tokens: np.ndarray, where: str):
+    """Raise DataError if a token id is beyond the vocabulary."""
+    top = int(tokens.max())
+    if top >= cfg.vocab_size:
+        raise DataError(f"{where}: token id {top} with VOCAB_SIZE={cfg.vocab_size}; "
+                        "set the vocabulary that the shards were made with")
+
+
+def load_validation(cfg: Config, clock: Clock, log: Log) -> np.ndarray:
+    """The validation stream (n + 1,) uint16, cut to n targets, a multiple of seq_len."""
+    shards = open_shards(cfg, "val", clock, log)
+    tokens = np.concatenate([s.tokens for s in shards])
+    check_ids(cfg, tokens, shards[0].name)
+    n = (len(tokens) - 1) // cfg.seq_len * cfg.seq_len
+    if not n:
+        raise DataError(f"{shards[0].name}: {len(tokens)} validation tokens; one window of SEQ_LEN="
+                        f"{cfg.seq_len} needs {cfg.seq_len + 1}")
+    return tokens[:n + 1]
+
+
+def load_tokenizer(cfg: Config):
+    """The dataset's SentencePiece model; raises DataError if missing, broken or of another size."""
+    from sentencepiece import SentencePieceProcessor        # only scoring needs it
+    path = cfg.tokenizer_path
+    if not path.is_file():
+        raise DataError(f"{path}: no tokenizer for DATASET={cfg.dataset} and "
+                        f"VOCAB_SIZE={cfg.vocab_size}; prepare_data.py makes it")
+    try:
+        tokenizer = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError):
+        raise DataError(f"{path}: not a SentencePiece model; see prepare_data.py") from None
+    size, marked = tokenizer.vocab_size(), tokenizer.piece_to_id(MARK) != tokenizer.unk_id()
+    if size != cfg.vocab_size or not marked:
+        raise DataError(f"{path}: {size} pieces and VOCAB_SIZE={cfg.vocab_size} must agree, and a "
+                        "lone space must be a piece; see prepare_data.py")
+    return tokenizer
+
+
+MARK = "\u2581"       # SentencePiece's sign for a space before a piece
+
+
+def target_bytes(tokens: np.ndarray, tokenizer) -> np.ndarray:
+    """Bytes of text that each target tokens[1:] stands for, (n,) int16, by the challenge's rule.
+
+    A normal piece counts its UTF-8 bytes, a byte piece 1, a control piece 0; a leading space counts
+    1 unless the token before is a control piece, as at the start of a document.
+    """
+    ids = range(tokenizer.vocab_size())
+    pieces = [tokenizer.id_to_piece(i) for i in ids]
+    silent = np.array([tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+                       for i in ids])                                                   # (V,)
+    spaced = np.array([p.startswith(MARK) for p in pieces]) & ~silent                   # (V,)
+    size = np.array([1 if tokenizer.is_byte(i) else len(p.removeprefix(MARK).encode())
+                     for i, p in zip(ids, pieces)]) * ~silent                           # (V,)
+    before, target = tokens[:-1], tokens[1:]
+    return (size[target] + (spaced[target] & ~silent[before])).astype(np.int16)         # (n,)
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches: coprime strides through all shards; the same global batches on any machine
+# ------------------------------------------------------------------------------------------------
+# A walk of parameter-golf #726/#1060 made a pure function of (seed, shard names, batch index, batch
+# size): no path, rank, world size or micro-batch enters it, and every block is used once an epoch.
+
+def generator(*key) -> np.random.Generator:
+    """Random numbers that depend on `key` alone, the same on every machine."""
+    return np.random.Generator(np.random.PCG64(int(hex_digest(*key)[:16], 16)))
+
+
+class CoprimePlan:
+    """Endless sequence of global batches, each (seqs, 2) int64: shard index and token offset.
+
+    Within an epoch shard i visits its blocks in the order (start + t * stride) mod blocks, a
+    permutation as stride and blocks are coprime; shards are drawn with weight blocks_left**alpha.
+    """
+    ALPHA, SPREAD = (0.9, 0.5), (8, 64)     # alpha, shards mixed a batch: early, late
+
+    def __init__(self, cfg: Config, shards: list[Shard]):
+        """Raises DataError if a shard is shorter than one sequence."""
+        self.cfg, self.names = cfg, [s.name for s in shards]
+        self.sizes = np.array([len(s.tokens) for s in shards])
+        short = self.sizes <= cfg.seq_len
+        if short.any():
+            raise DataError(f"{self.names[int(short.argmax())]}: shorter than one sequence of "
+                            f"SEQ_LEN={cfg.seq_len} and its target; lower it")
+        self.batch, self.digest = 0, ""
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int):
+        """Draw a fresh phase, start and stride for every shard."""
+        self.epoch, L = epoch, self.cfg.seq_len
+        self.taken, self.walks = np.zeros(len(self.names), np.int64), []
+        for name, size in zip(self.names, self.sizes.tolist()):
+            rng = generator(self.cfg.seed, "walk", name, size, epoch)
+            phase = int(rng.integers(min(L, size - L)))
+            blocks = (size - 1 - phase) // L
+            coprime = (int(rng.integers(1, blocks + 1)) for _ in itertools.count())
+            stride = next(s for s in coprime if math.gcd(s, blocks) == 1)
+            self.walks.append((phase, int(rng.integers(blocks)), stride, blocks))
+        self.blocks = np.array([w[3] for w in self.walks])
+
+    def take(self, shard: int, count: int) -> np.ndarray:
+        """The next `count` blocks of a shard, (count, 2)."""
+        phase, start, stride, blocks = self.walks[shard]
+        t = self.taken[shard] + np.arange(count)
+        self.taken[shard] += count
+        offset = phase + (start + t * stride) % blocks * self.cfg.seq_len
+        return np.stack([np.full(count, shard), offset], 1)
+
+    def draw(self, rng, left: np.ndarray, need: int) -> np.ndarray:
+        """How many blocks to take from each shard, (S,), at most what is `left` there."""
+        p = 1.0 if self.epoch else self.taken.sum() / self.blocks.sum()
+        weight = left ** (self.ALPHA[0] + p * (self.ALPHA[1] - self.ALPHA[0]))
+        mixed = min(round(self.SPREAD[0] + p * (self.SPREAD[1] - self.SPREAD[0])),
+                    np.count_nonzero(left), need)
+        chosen = rng.choice(len(left), mixed, replace=False, p=weight / weight.sum())
+        counts = np.zeros_like(left)
+        counts[chosen] = 1 + rng.multinomial(need - mixed, weight[chosen] / weight[chosen].sum())
+        return np.minimum(counts, left)
+
+    def next(self) -> np.ndarray:
+        """The next global batch; its order interleaves the shards."""
+        rng = generator(self.cfg.seed, "batch", self.batch)
+        buckets, need = [], self.cfg.batch_seqs
+        while need:
+            left = self.blocks - self.taken
+            if not left.any():
+                self.start_epoch(self.epoch + 1)
+                continue
+            counts = self.draw(rng, left, need)
+            buckets += [self.take(i, counts[i]) for i in np.flatnonzero(counts)]
+            need -= counts.sum()
+        return self.emit(interleave(rng, buckets))
+
+    def emit(self, windows: np.ndarray) -> np.ndarray:
+        """Count the batch and fold it into the plan's digest."""
+        self.batch += 1
+        self.digest = hex_digest(self.digest, windows.tobytes().hex())[:16]
+        return windows
+
+    def state_dict(self) -> dict:
+        """Where the plan stands, as JSON can hold it."""
+        return dict(batch=self.batch, epoch=self.epoch, digest=self.digest,
+                    taken=self.taken.tolist())
+
+    def load_state_dict(self, state: dict):
+        """Continue where `state` was taken."""
+        self.start_epoch(state["epoch"])
+        self.batch, self.digest = state["batch"], state["digest"]
+        self.taken = np.array(state["taken"])
+
+
+def interleave(rng, buckets: list[np.ndarray]) -> np.ndarray:
+    """Deal the rows of shuffled buckets in rounds, one of each bucket a round, in random order."""
+    buckets = [rng.permutation(b).tolist() for b in buckets]
+    dealt = []
+    while buckets:
+        dealt += [buckets[i].pop() for i in rng.permutation(len(buckets))]
+        buckets = [b for b in buckets if b]
+    return np.array(dealt)
+
+
+class ShuffledPlan(CoprimePlan):
+    """The same blocks in one random order an epoch: the plain loader, for comparison."""
+
+    def start_epoch(self, epoch: int):
+        """Shuffle all blocks of all shards."""
+        super().start_epoch(epoch)
+        every = np.concatenate([self.take(i, n) for i, n in enumerate(self.blocks)])
+        self.order = generator(self.cfg.seed, "shuffle", epoch).permutation(every)
+        self.taken = np.zeros(1, np.int64)                  # position in `order`
+
+    def next(self) -> np.ndarray:
+        """The next rows of the shuffled epoch."""
+        parts, need = [], self.cfg.batch_seqs
+        while need:
+            at = int(self.taken[0])
+            parts.append(self.order[at:at + need])
+            self.taken += len(parts[-1])
+            need -= len(parts[-1])
+            if need:
+                self.start_epoch(self.epoch + 1)
+        return self.emit(np.concatenate(parts))
+
+
+class Batches:
+    """Reads this rank's part of each global batch ahead of time, in a thread of its own.
+
+    `state` belongs to the last batch handed out: a plan that loads it goes on with the next one.
+    """
+    AHEAD = 4       # batches read before they are asked for
+
+    def __init__(self, cfg: Config, shards: list[Shard], dist: Dist, state: dict | None = None):
+        """Start reading, after the batch of `state` if given."""
+        self.cfg, self.shards, self.dist = cfg, shards, dist
+        self.plan = {"coprime": CoprimePlan, "shuffled": ShuffledPlan}[cfg.loader](cfg, shards)
+        if state:
+            self.plan.load_state_dict(state)
+        self.state = self.plan.state_dict()
+        self.ready, self.closed = queue.Queue(self.AHEAD), False
+        self.thread = threading.Thread(target=self.fill, daemon=True)
+        self.thread.start()
+
+    def fill(self):
+        """Body of the thread: queue (tokens, plan state), or the exception that ended it."""
+        try:
+            while not self.closed:
+                windows = self.plan.next()[self.dist.rank::self.dist.world]
+                self.put((self.read(windows), self.plan.state_dict()))
+        except Exception as e:      # handed to the trainer, which raises it
+            self.put(e)
+
+    def put(self, item):
+        """Queue `item`, giving up when the reader has been closed."""
+        while not self.closed:
+            with suppress(queue.Full):
+                return self.ready.put(item, timeout=0.1)
+
+    def read(self, windows: np.ndarray) -> Tensor:
+        """Tokens of the windows with their targets, (B, T + 1) uint16, pinned for the device."""
+        span = self.cfg.seq_len + 1
+        out = torch.empty(len(windows), span, dtype=torch.uint16, pin_memory=self.dist.on_cuda)
+        rows = out.numpy()
+        for row, (shard, offset) in zip(rows, windows):
+            row[:] = self.shards[shard].tokens[offset:offset + span]
+        check_ids(self.cfg, rows, self.shards[windows[0, 0]].name)
+        return out
+
+    def next(self) -> Tensor:
+        """This rank's part of the next batch, (B, T + 1) int64 on its device."""
+        item = self.ready.get()
+        if isinstance(item, Exception):
+            raise item
+        tokens, self.state = item
+        return tokens.to(self.dist.device, non_blocking=True).long()
+
+    def close(self):
+        """Stop reading and let go of the files."""
+        self.closed = True
+        self.thread.join()
+
+
+# ------------------------------------------------------------------------------------------------
+# Model: a GPT with recurrent layers, exclusive self attention and gated U-Net skips
+# ------------------------------------------------------------------------------------------------
+# parameter-golf #1493/#1876.  One precision rule: parameters are fp32, activations have the dtype
+# of the device, and a weight is cast to the dtype of what it meets.  Norms have no gain.
+
+class Linear(nn.Module):
+    """A bias-free matrix, orthogonal or zero at first."""
+
+    def __init__(self, in_features: int, out_features: int, rng: torch.Generator | None):
+        """Draw the weight from `rng`; None: zeros, so that a new layer starts as the identity."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))      # (O, I)
+        if rng:
+            nn.init.orthogonal_(self.weight, generator=rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O) in the dtype of `x`."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """`x` over its root mean square along the last dimension."""
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def rotary_angles(cfg: Config) -> Tensor:
+    """Rotation angle of each position and channel pair, (T, rope_dims / 2) float32."""
+    pairs = cfg.rope_dims // 2
+    speed = cfg.rope_base ** -(torch.arange(pairs, dtype=torch.float64) / pairs)    # (pairs,)
+    return torch.outer(torch.arange(cfg.seq_len, dtype=torch.float64), speed).float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first 2R channels of x (B, T, H, D) by the angles behind cos, sin (T, 1, R).
+
+    Half-split layout: channel r is paired with r + R.  Source: RoFormer, arXiv:2104.09864.
+    """
+    R = cos.size(-1)
+    a, b, rest = x.split([R, R, x.size(-1) - 2 * R], dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+
+
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """Remove from each head's output its component along the token's own value.
+
+    Args: y (B, T, H, D) attention output; v (B, T, K, D) values, K dividing H.
+    Source: exclusive self attention, arXiv:2603.09078; parameter-golf #265, #1019.
+    """
+    B, T, H, D = y.shape
+    K = v.size(2)
+    v = F.normalize(v, dim=-1).unsqueeze(3)                             # (B, T, K, 1, D)
+    y = y.view(B, T, K, H // K, D)                                      # (B, T, K, G, D)
+    return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, D)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with normed, partly rotated queries and keys."""
+
+    def __init__(self, cfg: Config, layer: int, rng: torch.Generator):
+        """Weights of layer `layer`."""
+        super().__init__()
+        C, D, K = cfg.model_dim, cfg.head_dim, cfg.num_kv_heads
+        self.widths, self.head_dim = (C, K * D, K * D), D
+        self.xsa, self.name = layer >= cfg.num_layers - cfg.xsa_last_n, f"layers.{layer}.attn"
+        self.c_q, self.c_k, self.c_v = (Linear(C, width, rng) for width in self.widths)
+        self.proj = Linear(C, C, None)
+        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], observe) -> Tensor:
+        """Attend over x (B, T, C); `observe` is shown the inputs of the matrices."""
+        B, T, C = x.shape
+        observe(x, *(f"{self.name}.{n}.weight" for n in ("c_q", "c_k", "c_v")))
+        weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])     # one product
+        q, k, v = (h.view(B, T, -1, self.head_dim)                      # (B, T, H or K, D)
+                   for h in F.linear(x, weight.to(x.dtype)).split(self.widths, dim=-1))
+        gain = self.q_gain.to(x.dtype)[:, None]                         # sharpness of each head
+        q, k = rotate(rms_norm(q), *rope) * gain, rotate(rms_norm(k), *rope)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
+            enable_gqa=True).transpose(1, 2)                            # (B, T, H, D)
+        y = (exclude_self(y, v) if self.xsa else y).reshape(B, T, C)
+        observe(y, f"{self.name}.proj.weight")
+        return self.proj(y)
+
+
+class MLP(nn.Module):
+    """Two matrices around leaky_relu(x)^2; its slope 0.5 keeps gradients on the negative side."""
+
+    def __init__(self, cfg: Config, layer: int, rng: torch.Generator):
+        """Hidden width is mlp_mult * model_dim."""
+        super().__init__()
+        self.name = f"layers.{layer}.mlp"
+        hidden = int(cfg.mlp_mult * cfg.model_dim)
+        self.fc, self.proj = Linear(cfg.model_dim, hidden, rng), Linear(hidden, cfg.model_dim, None)
+
+    def forward(self, x: Tensor, observe) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        observe(x, f"{self.name}.fc.weight")
+        h = F.leaky_relu(self.fc(x), 0.5).square()                      # (B, T, mlp_mult * C)
+        observe(h, f"{self.name}.proj.weight")
+        return self.proj(h)
+
+
+class Block(nn.Module):
+    """One transformer layer on a mix of the residual stream and the embedding it began as."""
+
+    def __init__(self, cfg: Config, layer: int, rng: torch.Generator):
+        """Layer number `layer`; its sublayers see their input scaled by 1 / sqrt(layer + 1)."""
+        super().__init__()
+        C = cfg.model_dim
+        self.attn, self.mlp = Attention(cfg, layer, rng), MLP(cfg, layer, rng)
+        self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
+        self.resid_mix = nn.Parameter(torch.stack([torch.ones(C), torch.zeros(C)]))     # (2, C)
+        self.ln_scale = (layer + 1) ** -0.5
+        self.parallel = layer >= cfg.parallel_residual_start
+
+    def forward(self, x: Tensor, x0: Tensor, rope, observe) -> Tensor:
+        """Next residual stream from x and the normed embedding x0, all (B, T, C)."""
+        scales = self.resid_mix, self.attn_scale, self.mlp_scale
+        mix, a_scale, m_scale = (w.to(x.dtype) for w in scales)
+        h = mix[0] * x + mix[1] * x0
+        n = rms_norm(h) * self.ln_scale
+        u = h + a_scale * self.attn(n, rope, observe)
+        if not self.parallel:
+            n = rms_norm(u) * self.ln_scale
+        return u + m_scale * self.mlp(n, observe)
+
+
+def layer_schedule(cfg: Config, looped: bool) -> tuple[list[int], list[int]]:
+    """Layers in the order they run, split into the encoder, which leaves skips, and the decoder.
+
+    Looped, layers loop_start..loop_end run num_loops more times before the rest.
+    """
+    layers = list(range(cfg.num_layers))
+    if looped and cfg.num_loops:
+        end = cfg.loop_end + 1
+        layers = layers[:end] + cfg.num_loops * layers[cfg.loop_start:end] + layers[end:]
+    return layers[:len(layers) // 2], layers[len(layers) // 2:]
+
+
+def unobserved(x: Tensor, *names: str):
+    """Ignore x, the input of the matrices `names`; what `observe` is outside of calibration."""
+
+
+class GPT(nn.Module):
+    """The language model; `features` and `token_nll` are the two halves of a forward pass."""
+
+    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
+        """Initial weights depend on cfg.seed alone; `dtype` is that of the activations."""
+        super().__init__()
+        self.cfg, self.dtype = cfg, dtype
+        rng = torch.Generator().manual_seed(int(hex_digest(cfg.seed, "weights")[:15], 16))
+        self.tok_emb = nn.Parameter(torch.empty(cfg.vocab_size, cfg.model_dim))     # (V, C)
+        nn.init.normal_(self.tok_emb, std=cfg.tied_embed_init_std, generator=rng)
+        self.layers = nn.ModuleList(Block(cfg, i, rng) for i in range(cfg.num_layers))
+        skips = len(layer_schedule(cfg, True)[0])
+        self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model_dim))
+        if cfg.skip_gates_enabled:
+            self.skip_gates = nn.Parameter(torch.zeros(skips, cfg.model_dim))
+        angles = rotary_angles(cfg)[:, None]                                        # (T, 1, R)
+        self.register_buffer("cos", angles.cos().to(dtype), persistent=False)
+        self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
+
+    def merge_skip(self, x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
+        """Blend a skip, scaled by `weight` (C,), into x: a lerp by the gate, or just a sum."""
+        skip = weight.to(x.dtype) * skip
+        return x + skip if gate is None else torch.lerp(skip, x, gate.sigmoid().to(x.dtype))
+
+    def features(self, tokens: Tensor, looped: bool, observe=unobserved) -> Tensor:
+        """Normed final state of every position, (B, T, C), for tokens (B, T) int64."""
+        T = tokens.size(1)
+        rope = self.cos[:T], self.sin[:T]
+        x = x0 = rms_norm(F.embedding(tokens, self.tok_emb).to(self.dtype))         # (B, T, C)
+        encoder, decoder = layer_schedule(self.cfg, looped)
+        weights, skips = self.skip_weights.unbind(), []     # unbind: one gradient, not one a row
+        gates = self.skip_gates.unbind() if self.cfg.skip_gates_enabled else [None] * len(weights)
+        for i in encoder:
+            x = self.layers[i](x, x0, rope, observe)
+            skips.append(x)
+        for j, i in enumerate(decoder):
+            if skips:
+                x = self.merge_skip(x, skips.pop(), weights[j], gates[j])
+            x = self.layers[i](x, x0, rope, observe)
+        x = rms_norm(x)
+        observe(x, "tok_emb")
+        return x
+
+    def matrix_inputs(self, tokens: Tensor) -> list[tuple[tuple[str, ...], Tensor]]:
+        """(names, input (B, T, I)) of the matrices in a looped pass, in the order they are met."""
+        seen = []
+        self.features(tokens, True, lambda x, *names: seen.append((names, x)))
+        return seen
+
+    def token_nll(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Nats of each target (B, T) given features (B, T, C): (B, T) float32.
+
+        Logits have the dtype of the features; soft cap and sum over the vocabulary are fp32.
+        """
+        logits = F.linear(features, self.tok_emb.to(features.dtype))                # (B, T, V)
+        return SoftcapNLL.apply(logits, targets, self.cfg.logit_softcap)
+
+
+class SoftcapNLL(torch.autograd.Function):
+    """-log softmax(z)[target] for z = cap tanh(logits / cap), without storing z in fp32.
+
+    As |z| < cap, exp cannot overflow and no maximum is needed: one pass over the logits each way.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+        """(B, T, V), (B, T) int64 -> (B, T) float32."""
+        lse = soft_cap(logits, cap).exp().sum(-1).log()                             # (B, T)
+        ctx.save_for_backward(logits, targets, lse)
+        ctx.cap = cap
+        return lse - soft_cap(logits.gather(-1, targets[..., None]), cap)[..., 0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """Gradient of the logits: (softmax - one at the target) times the slope of the cap."""
+        logits, targets, lse = ctx.saved_tensors
+        z = soft_cap(logits, ctx.cap)
+        hit = torch.arange(logits.size(-1), device=logits.device) == targets[..., None]
+        d = ((z - lse[..., None]).exp() - hit.float()) * (1 - (z / ctx.cap).square())
+        return (d * grad[..., None]).to(logits.dtype), None, None
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap) in fp32, by way of the cheaper sigmoid."""
+    return 2 * cap * torch.sigmoid(logits.float() * (2 / cap)) - cap
+
+
+def choose_attention(cfg: Config, dist: Dist) -> tuple[str, torch_attention.SDPBackend]:
+    """Name and PyTorch backend of the fastest attention that works here for this model.
+
+    FLASH_ATTN=3 or 4 plugs an installed FlashAttention into PyTorch's flash backend; auto does so
+    if one is there.  Otherwise PyTorch's own: cuDNN, flash, memory-efficient or math.
+    """
+    if cfg.flash_attn in ("3", "4"):
+        return activate_flash(cfg.flash_attn, must=True)
+    kinds = torch_attention.SDPBackend
+    if cfg.flash_attn == "auto" and dist.on_cuda:
+        for version in ("3", "4"):
+            if found := activate_flash(version, must=False):
+                return found
+    ours = [("math", kinds.MATH)]
+    if dist.on_cuda:
+        ours = [("cudnn", kinds.CUDNN_ATTENTION), ("flash", kinds.FLASH_ATTENTION),
+                ("efficient", kinds.EFFICIENT_ATTENTION), *ours]
+    if cfg.flash_attn == "2":
+        ours = [("flash", kinds.FLASH_ATTENTION)]
+    for name, backend in ours:
+        if attention_works(cfg, dist, backend):
+            return name, backend
+    raise ConfigError("FLASH_ATTN=2: PyTorch's flash attention does not run here; set it to off")
+
+
+def activate_flash(version: str, must: bool):
+    """Plug FlashAttention `version` into PyTorch: (name, backend), or None if it is not there."""
+    try:
+        torch_attention.activate_flash_attention_impl(f"FA{version}")
+    except Exception as e:              # whatever a foreign package raises while it is imported
+        if must:
+            raise ConfigError(f"FLASH_ATTN={version}: cannot be activated ({e}); install it, or "
+                              "set FLASH_ATTN=off") from None
+        return None
+    return f"flash{version}", torch_attention.SDPBackend.FLASH_ATTENTION
+
+
+def attention_works(cfg: Config, dist: Dist, backend) -> bool:
+    """Whether `backend` runs a small forward and backward pass of this model's heads."""
+    q, k, v = (torch.zeros(1, heads, 128, cfg.head_dim, device=dist.device, dtype=dist.dtype,
+                           requires_grad=True)
+               for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
+    try:
+        with torch_attention.sdpa_kernel(backend):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            y.sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimizer: Muon for the matrices, AdamW for the rest, all on one flat vector
+# ------------------------------------------------------------------------------------------------
+# Muon (Jordan et al. 2024) with unit rows before orthogonalisation (parameter-golf #1285).
+
+VECTORS = ("q_gain", "attn_scale", "mlp_scale", "resid_mix", "skip_weights", "skip_gates")
+
+
+class Flat:
+    """All parameters of a model as one fp32 vector, all gradients as another, without copies.
+
+    Matrices of one shape are neighbours, so that a whole stack (N, O, I) is a view; then come the
+    embedding and the vectors.  `report` is a tail of the gradients for numbers that ranks sum.
+    """
+    REPORT = 3          # loss, seconds on rank 0's clock, ranks that were asked to stop
+
+    def __init__(self, model: GPT, device: torch.device):
+        """Move the parameters of `model` into the vector; each lands in exactly one group."""
+        named = dict(model.named_parameters())
+        self.groups = dict(
+            matrices=sorted((n for n in named if n.endswith(".weight")),
+                            key=lambda n: (named[n].shape, n)),
+            embedding=[n for n in named if n.endswith("_emb")],
+            vectors=[n for n in named if n.rpartition(".")[2] in VECTORS])
+        self.names = [n for group in self.groups.values() for n in group]
+        assert sorted(self.names) == sorted(named), "every parameter belongs to exactly one group"
+        self.sizes = [named[n].numel() for n in self.names]
+        self.data = torch.cat([named[n].detach().flatten() for n in self.names]).to(device)
+        self.buffer = torch.zeros(len(self.data) + self.REPORT, device=device)
+        self.grad, self.report = self.buffer[:-self.REPORT], self.buffer[-self.REPORT:]
+        self.shapes = {n: tuple(named[n].shape) for n in self.names}
+        data, grad = self.named(self.data), self.named(self.grad)
+        for name, p in named.items():
+            p.data, p.grad = data[name], grad[name]
+        model.to(device)                                    # buffers; the parameters are there
+
+    def part(self, vector: Tensor, group: str) -> Tensor:
+        """The slice of a flat `vector` that belongs to a group."""
+        sizes = [sum(math.prod(self.shapes[n]) for n in names) for names in self.groups.values()]
+        return dict(zip(self.groups, vector.split(sizes)))[group]
+
+    def stacks(self, vector: Tensor) -> list[tuple[list[str], Tensor]]:
+        """Views (N, O, I) of the matrices of each shape in a flat `vector`, with their names."""
+        found, at = [], 0
+        for shape, names in itertools.groupby(self.groups["matrices"], self.shapes.get):
+            names = list(names)
+            size = len(names) * math.prod(shape)
+            found.append((names, vector[at:at + size].view(-1, *shape)))
+            at += size
+        return found
+
+    def named(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of a flat `vector` by parameter name."""
+        return {n: v.view(self.shapes[n]) for n, v in zip(self.names, vector.split(self.sizes))}
+
+
+def orthogonalize(G: Tensor, steps: int, row_normalize: bool, dtype: torch.dtype) -> Tensor:
+    """Nearest matrices with all singular values about 1, by a quintic Newton-Schulz iteration.
+
+    Args: G (N, O, I), not modified; `row_normalize` first scales each row to unit length.
+    Returns: (N, O, I) in `dtype`, singular values roughly within 0.7 and 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    if row_normalize:
+        G = G / G.norm(dim=2, keepdim=True).clamp_min(1e-7)
+    X = (G / (G.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    tall = X.size(1) > X.size(2)
+    X = X.mT.contiguous() if tall else X
+    for _ in range(steps):
+        A = X @ X.mT                                        # (N, min(O, I), min(O, I))
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.mT if tall else X
+
+
+class Optimizer:
+    """One step on a `Flat`: Muon on its matrices, AdamW on its embedding and vectors."""
+
+    def __init__(self, cfg: Config, flat: Flat, dist: Dist):
+        """All memory of gradients is zero."""
+        self.cfg, self.flat, self.dist = cfg, flat, dist
+        self.momentum = torch.zeros_like(flat.part(flat.grad, "matrices"))
+        groups = []
+        for name, lr, decay in (("embedding", cfg.tied_embed_lr, cfg.embed_wd),
+                                ("vectors", cfg.scalar_lr, cfg.adam_wd)):
+            p = nn.Parameter(flat.part(flat.data, name))
+            p.grad = flat.part(flat.grad, name)
+            groups.append(dict(params=[p], lr=lr, peak=lr, weight_decay=decay))
+        self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
+                                      fused=dist.on_cuda)
+
+    def step(self, lr_scale: float, momentum: float):
+        """Move the parameters along the gradient in `flat.grad`, which is left changed."""
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak"] * lr_scale
+        self.adam.step()
+        cfg, grad = self.cfg, self.flat.part(self.flat.grad, "matrices")
+        self.momentum.mul_(momentum).add_(grad)
+        grad.add_(self.momentum, alpha=momentum)            # Nesterov: look ahead along the memory
+        lr = cfg.matrix_lr * lr_scale
+        for (_, G), (_, W) in zip(self.flat.stacks(grad), self.flat.stacks(self.flat.data)):
+            U = self.orthogonalize_shared(G)
+            W.mul_(1 - lr * cfg.muon_wd).add_(U, alpha=-lr * max(1, W.size(1) / W.size(2)) ** 0.5)
+
+    def orthogonalize_shared(self, G: Tensor) -> Tensor:
+        """Orthogonalise a stack (N, O, I), each rank an equal part of it."""
+        N, world = G.size(0), self.dist.world
+        each = -(-N // world)
+        mine = G[self.dist.rank * each:(self.dist.rank + 1) * each]
+        if len(mine) < each:                                # equal parts: fill up with zeros
+            mine = torch.cat([mine, G.new_zeros(each - len(mine), *G.shape[1:])])
+        mine = orthogonalize(mine, self.cfg.muon_backend_steps, self.cfg.muon_row_normalize,
+                             self.dist.dtype)
+        return self.dist.join(mine)[:N]
+
+    def memory(self) -> dict[str, Tensor]:
+        """Everything the optimiser remembers, by name; steps are counted by the caller."""
+        states = [self.adam.state[g["params"][0]] for g in self.adam.param_groups]
+        return dict(momentum=self.momentum, **{f"{key}.{i}": s[key] for i, s in enumerate(states)
+                                               for key in ("exp_avg", "exp_avg_sq", "step")})
+
+    def remember(self, memory: dict[str, Tensor]):
+        """Take over what `memory` of an earlier run returned."""
+        self.momentum.copy_(memory["momentum"])
+        for i, group in enumerate(self.adam.param_groups):
+            p = group["params"][0]
+            device = {"exp_avg": p.device, "exp_avg_sq": p.device,
+                      "step": p.device if self.dist.on_cuda else "cpu"}
+            self.adam.state[p] = {k: memory[f"{k}.{i}"].to(d, copy=True) for k, d in device.items()}
+
+
+def clip_(grad: Tensor, limit: float):
+    """Shorten a flat gradient to L2 length `limit`, without asking the device for its length."""
+    if limit:
+        grad.mul_((limit / (grad.norm() + 1e-6)).clamp(max=1))
+
+
+class Schedule:
+    """What depends on how far training is, by `frac` of the clock (or of all steps) or `step`."""
+
+    def __init__(self, cfg: Config, expected_steps: int):
+        """`expected_steps` is how many steps the budget is expected to hold."""
+        self.cfg, self.expected_steps = cfg, expected_steps
+
+    def lr_scale(self, frac: float) -> float:
+        """1, then a straight line to min_lr over the last warmdown_frac of training."""
+        left = (1 - frac) / self.cfg.warmdown_frac if self.cfg.warmdown_frac else 1.0
+        return max(min(1.0, left), self.cfg.min_lr)
+
+    def looped(self, frac: float) -> bool:
+        """Whether recurrence is on."""
+        return bool(self.cfg.num_loops) and frac >= self.cfg.enable_looping_at
+
+    def momentum(self, step: int) -> float:
+        """Muon's momentum, rising in a straight line from its warm-up value."""
+        cfg, steps = self.cfg, self.cfg.muon_momentum_warmup_frac * self.expected_steps
+        p, start = min(step / steps, 1.0) if steps else 1.0, cfg.muon_momentum_warmup_start
+        return start + p * (cfg.muon_momentum - start)
+
+    def ema_decay(self) -> float:
+        """Decay of the weight average, whose memory is ema_horizon_frac of the expected steps."""
+        horizon = self.cfg.ema_horizon_frac * self.expected_steps
+        return 1 - 1 / horizon if horizon > 1 else 0.0
+
+
+# ------------------------------------------------------------------------------------------------
+# Quantization: round each matrix to a few bits, pushing every column's error into later columns
+# ------------------------------------------------------------------------------------------------
+# Frantar et al., GPTQ, ICLR 2023, with act-order, and a scale of k standard deviations a row
+# (parameter-golf #1394).  Hessians come from training batches: validation text is off limits here.
+
+@torch.no_grad()
+def collect_hessians(run: "Run", batches, count: int) -> dict[str, Tensor]:
+    """Sum of x x^T (I, I) over the inputs x of every matrix in `count` global training batches.
+
+    Products of bf16 are summed in fp32.  Matrices with one input share one tensor; a layer that
+    runs several times counts every pass; the embedding counts as output head.  Same on all ranks.
+    """
+    sums = {}
+    parts = (part for _ in range(count) for part in micro_batches(batches.next(), run.cfg))
+    for rows in parts:
+        for names, x in run.matrix_inputs(rows[:, :-1]):
+            x = x.flatten(0, 1)                                                     # (B T, I)
+            wide = {} if x.dtype == torch.float32 else dict(out_dtype=torch.float32)
+            gram = torch.mm(x.mT, x, **wide)                                        # (I, I)
+            sums[names] = sums[names].add_(gram) if names in sums else gram
+    for H in sums.values():
+        run.dist.sum_(H)
+    return {name: H for names, H in sums.items() for name in names}
+
+
+def inverse_factor(H: Tensor, damping: float, name: str, log) -> Tensor:
+    """Upper triangular U with U^T U = (H + damping)^-1, for H (N, I, I); raises QuantError.
+
+    One Cholesky of H with its axes reversed and one triangular inverse give U directly.  A stack
+    that is not positive definite is damped tenfold, then a hundredfold, and the log says so.
+    """
+    eye = torch.eye(H.size(1), device=H.device)
+    mean = H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]                        # (N, 1, 1)
+    for strength in (damping, 10 * damping, 100 * damping):
+        L, info = torch.linalg.cholesky_ex((H + strength * mean * eye).flip(1, 2))
+        if not info.any() and L.isfinite().all():
+            return torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False).flip(1, 2)
+        log("damping", matrix=name, damping=strength, failed=int(info.count_nonzero()))
+    raise QuantError(f"{name}: Hessian is not positive definite (pivot {int(info.max())} of "
+                     f"{H.size(1)}, damping {strength:g}); raise GPTQ_DAMPING (now {damping:g})")
+
+
+def gptq(W: Tensor, U: Tensor, scale: Tensor, qmax: int, block: int) -> Tensor:
+    """Codes (N, O, I) of W (N, O, I): each column is rounded, its error folded into those to come.
+
+    Args: U (N, I, I) from `inverse_factor`; scale (N, O) of a code; |code| <= qmax.
+    """
+    W, Q, I = W.clone(), torch.empty_like(W, dtype=torch.int8), W.size(2)
+    for lo in range(0, I, block):
+        hi = min(lo + block, I)
+        errors = torch.zeros_like(W[..., lo:hi])                                    # (N, O, b)
+        for j in range(lo, hi):
+            q = (W[..., j] / scale).round().clamp(-qmax, qmax)                      # (N, O)
+            e = (W[..., j] - q * scale) / U[:, j, j, None]
+            W[..., j:hi] -= e[..., None] * U[:, None, j, j:hi]
+            errors[..., j - lo], Q[..., j] = e, q
+        W[..., hi:] -= errors @ U[:, lo:hi, hi:]        # later blocks: one product
+    return Q
+
+
+def quantize_stack(W: Tensor, H: Tensor, grid: tuple[int, float], cfg: Config, name: str, log):
+    """Quantize a stack of matrices with GPTQ, columns in order of falling diag(H).
+
+    Args: W (N, O, I) float32; H (N, I, I) sums of x x^T, a zero diagonal (dead input) is fine;
+        `grid`: bits of a code, and the largest code in standard deviations of its row.
+    Returns: Q (N, O, I) int8 in W's column order, scale (N, O) float16 with W ~ Q * scale.
+    """
+    (bits, clip_sigmas), tiny = grid, torch.finfo(torch.half).tiny
+    qmax = 2 ** (bits - 1) - 1
+    scale = (clip_sigmas / qmax * W.std(2)).clamp_min(tiny).half()         # (N, O)
+    power = H.diagonal(dim1=1, dim2=2)                                              # (N, I)
+    dead = power == 0
+    W = W.masked_fill(dead[:, None], 0.0)
+    H = H + torch.diag_embed(dead.float())
+    order = power.argsort(dim=1, descending=True, stable=True)                      # (N, I)
+    W = W.gather(2, order[:, None].expand_as(W))
+    H = H.gather(1, order[:, :, None].expand_as(H)).gather(2, order[:, None].expand_as(H))
+    U = inverse_factor(H, cfg.gptq_damping, name, log)
+    Q = gptq(W, U, scale.float(), qmax, cfg.gptq_block_size)
+    return Q.gather(2, order.argsort(1)[:, None].expand_as(Q)), scale
+
+
+def quantize_model(run: "Run", weights: Tensor, hessians: dict, clip_sigmas: float):
+    """Quantize flat `weights`.
+
+    Returns: tensors of the artifact by name (int8 codes, float16 scales, float16 for all vectors),
+    and for each matrix a dict of what rounding did: mse over variance, codes at the limit, bytes.
+    """
+    cfg, flat, named = run.cfg, run.flat, run.flat.named(weights)
+    tensors, rows = {n: named[n].half() for n in flat.groups["vectors"]}, []
+    stacks = [(names, W, (cfg.matrix_bits, clip_sigmas)) for names, W in flat.stacks(weights)]
+    stacks += [([n], named[n][None], (cfg.embed_bits, cfg.embed_clip_sigmas))
+               for n in flat.groups["embedding"]]
+    for names, W, (bits, clip) in stacks:
+        H = torch.stack([hessians[n] for n in names])
+        Q, scale = quantize_stack(W, H, (bits, clip), cfg, names[0], run.log)
+        for name, w, q, s in zip(names, W, Q, scale):
+            tensors[name], tensors[f"{name}.scale"] = q, s
+            mse = ((w - q * s.float()[:, None]).square().mean() / w.var()).item()
+            at_limit = (q.abs() == 2 ** (bits - 1) - 1).float().mean().item()
+            rows.append(dict(name=name, bits=bits, clip_sigmas=clip, mse=mse, clip_frac=at_limit,
+                             entropy_bytes=round(entropy_bytes(q))))
+    return tensors, rows
+
+
+def entropy_bytes(codes: Tensor) -> float:
+    """Bytes that an ideal coder of single codes would need."""
+    counts = torch.bincount(codes.flatten().int() + 128, minlength=256).double()
+    return -(counts * torch.log2(counts / codes.numel()).nan_to_num(neginf=0)).sum().item() / 8
+
+
+def dequantize(tensors: dict[str, Tensor], flat: Flat):
+    """Write the weights that an artifact's tensors stand for into the model behind `flat`."""
+    for name, w in flat.named(flat.data).items():
+        value = tensors[name].to(w.device).float()
+        scale = tensors.get(f"{name}.scale")
+        w.copy_(value if scale is None else value * scale.to(w.device).float()[:, None])
+
+
+# ------------------------------------------------------------------------------------------------
+# Artifact: one deterministic file that holds tensors and nothing that could be executed
+# ------------------------------------------------------------------------------------------------
+# magic | header length | SHA-256 of the header | header: Brotli JSON | payload.  The payload is the
+# tensors' bytes, those of 16-bit ones as low halves and high halves, in segments packed apart.
+
+MAGIC, SEGMENT_BYTES, MAX_HEADER_BYTES = b"GOLF\x00\x01\r\n", 1 << 22, 1 << 20
+
+
+def to_bytes(tensor: Tensor, shuffle: bool) -> bytes:
+    """Bytes of a tensor, byte planes one after the other if `shuffle`d."""
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    width = tensor.element_size()
+    return (raw.reshape(-1, width).T if shuffle else raw).tobytes()
+
+
+def from_bytes(raw, dtype: str, shape: list[int], shuffle: bool) -> Tensor:
+    """Inverse of `to_bytes`."""
+    kind = getattr(torch, dtype)
+    planes = np.frombuffer(raw, np.uint8)
+    if shuffle:
+        planes = planes.reshape(kind.itemsize, -1).T
+    return torch.from_numpy(planes.flatten()).view(kind).view(shape)
+
+
+def write_atomic(path: Path, parts):
+    """Write the byte strings `parts` to `path`, whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as f:
+            for data in parts:
+                f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        with suppress(OSError):
+            part.unlink()
+        raise ArtifactError(f"{path}: cannot be written ({e.strerror}); see OUT_DIR") from None
+
+
+def pack_tensors(kind: str, meta: dict, tensors: dict[str, Tensor], compress: bool) -> list[bytes]:
+    """Parts of a container file of `kind`, the same for the same input on every machine."""
+    import brotli
+    names = sorted(tensors, key=lambda n: (str(tensors[n].dtype), n))
+    raw = b"".join(to_bytes(tensors[n], compress) for n in names)
+    cuts = [raw[i:i + SEGMENT_BYTES] for i in range(0, len(raw), SEGMENT_BYTES)]
+    if compress:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:    # segments in parallel
+            cuts = list(pool.map(lambda s: brotli.compress(s, quality=11, lgwin=24), cuts))
+    listing = [[n, str(tensors[n].dtype)[6:], list(tensors[n].shape)] for n in names]
+    header = dict(kind=kind, meta=meta, compress=compress, tensors=listing, bytes=len(raw),
+                  segments=list(map(len, cuts)), sha256=hashlib.sha256(b"".join(cuts)).hexdigest())
+    text = brotli.compress(json.dumps(header, sort_keys=True, separators=(",", ":")).encode())
+    return [MAGIC, len(text).to_bytes(4, "little"), hashlib.sha256(text).digest(), text, *cuts]
+
+
+def inflate(data: bytes, limit: int) -> bytes:
+    """Brotli-decompress `data` to at most `limit` bytes; raises ValueError if it cannot be."""
+    import brotli
+    decoder = brotli.Decompressor()
+    try:
+        out = decoder.process(data, output_buffer_limit=limit + 1)
+    except brotli.error as e:
+        raise ValueError(str(e)) from None
+    if len(out) > limit or not decoder.is_finished():
+        raise ValueError("compressed data has the wrong length")
+    return out
+
+
+def read_container(path: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
+    """(meta, tensors) of a container of `kind`; ArtifactError on damage; executes nothing."""
+    try:
+        return parse_container(path.read_bytes(), kind)
+    except OSError as e:
+        raise ArtifactError(f"{path}: cannot be read ({e.strerror}); run its stage first") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as e:
+        raise ArtifactError(f"{path}: damaged or not a {kind} ({e}); make it again") from None
+
+
+def parse_container(data: bytes, kind: str) -> tuple[dict, dict[str, Tensor]]:
+    """(meta, tensors) of the bytes of a container; raises ValueError and its like on damage."""
+    data = memoryview(data)
+    at = len(MAGIC) + 4 + 32
+    end = at + int.from_bytes(data[len(MAGIC):len(MAGIC) + 4], "little")
+    if data[:len(MAGIC)] != MAGIC or end > len(data):
+        raise ValueError("no container header")
+    if hashlib.sha256(data[at:end]).digest() != data[at - 32:at]:
+        raise ValueError("header checksum differs")
+    header = json.loads(inflate(bytes(data[at:end]), MAX_HEADER_BYTES))
+    if header["kind"] != kind:
+        raise ValueError(f"it is a {header['kind']}")
+    payload = data[end:]
+    intact = hashlib.sha256(payload).hexdigest() == header["sha256"]
+    if not intact or sum(header["segments"]) != len(payload):
+        raise ValueError(f"payload of {len(payload)} bytes does not match its checksum")
+    raw, left, start = [], header["bytes"], 0
+    for size in header["segments"]:
+        segment, limit = payload[start:start + size], min(left, SEGMENT_BYTES)
+        raw.append(inflate(bytes(segment), limit) if header["compress"] else segment)
+        left, start = left - len(raw[-1]), start + size
+    return header["meta"], split_tensors(b"".join(raw), header)
+
+
+def split_tensors(raw: bytes, header: dict) -> dict[str, Tensor]:
+    """Tensors by name from the payload's bytes; raises ValueError if sizes do not add up."""
+    tensors, at = {}, 0
+    for name, dtype, shape in header["tensors"]:
+        size = math.prod(shape) * getattr(torch, dtype).itemsize
+        tensors[name] = from_bytes(raw[at:at + size], dtype, shape, header["compress"])
+        at += size
+    if at != len(raw):
+        raise ValueError(f"tensors take {at} bytes of {len(raw)}")
+    return tensors
+
+
+def check_made_for(path: Path, meta: dict, cfg: Config):
+    """Raise ArtifactError unless the file at `path` was made for this run's model."""
+    theirs, ours = meta["model"], cfg.group("model")
+    other = next((n for n in ours if theirs.get(n) != ours[n]), None)
+    if other:
+        raise ArtifactError(f"{path}: made with {other.upper()}={theirs.get(other)}, this run has "
+                            f"{ours[other]}; use the settings that it was made with")
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation: every target scored exactly once, in nats and in bytes of text
+# ------------------------------------------------------------------------------------------------
+# Sliding windows as in parameter-golf #1493: context of seq_len tokens, `stride` new targets each.
+
+class Validation(NamedTuple):
+    """The validation stream on the device: n targets follow n inputs."""
+    tokens: Tensor          # (n + 1,) int32
+    bytes: Tensor           # (n,) int16, bytes of text of each target
+
+
+class Window(NamedTuple):
+    """`seq_len` inputs from `start`, of whose targets the last `tail` are scored."""
+    start: int
+    tail: int
+
+
+def plain_windows(n: int, seq_len: int) -> list[Window]:
+    """Windows side by side over n targets; each scores all of its own."""
+    return [Window(start, seq_len) for start in range(0, n, seq_len)]
+
+
+def sliding_windows(n: int, seq_len: int, stride: int) -> list[Window]:
+    """Windows `stride` apart; the first scores all of its targets, the others the last `stride`."""
+    starts = range(stride, n - seq_len + 1, stride)
+    return [Window(0, seq_len), *(Window(start, stride) for start in starts)]
+
+
+class Tally:
+    """Sums of nats, targets and bytes in float64, and how often each target was scored."""
+
+    def __init__(self, n: int, device: torch.device):
+        """Nothing has been scored of n targets."""
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.scored = np.zeros(n, np.int32)
+
+    def add(self, nll: Tensor, sizes: Tensor, windows: list[Window], seq_len: int):
+        """Count nats and bytes, both (B, tail), of the targets that `windows` score."""
+        self.sums[0] += nll.double().sum()
+        self.sums[1] += nll.numel()
+        self.sums[2] += sizes.double().sum()
+        for start, tail in windows:
+            self.scored[start + seq_len - tail:start + seq_len] += 1
+
+    def total(self, dist: Dist) -> tuple[float, float, int, int]:
+        """(nats per token, bits per byte, targets, bytes of text) over all ranks so far."""
+        nats, targets, size = dist.sum_(self.sums.clone()).tolist()
+        return nats / targets, nats / math.log(2) / size, int(targets), int(size)
+
+    def ledger(self, dist: Dist) -> tuple[int, int]:
+        """Least and most times any target was scored, over all ranks."""
+        scored = dist.sum_(torch.from_numpy(self.scored).to(self.sums.device))
+        return int(scored.min()), int(scored.max())
+
+
+class Scorer:
+    """Grades windows; the one place where nats and bytes are counted."""
+
+    def __init__(self, run: "Run", data: Validation):
+        """Score with the weights that `run.model` has when `score` is called."""
+        self.run, self.data = run, data
+        self.steps = torch.arange(run.cfg.seq_len, device=run.dist.device)          # (T,)
+
+    def plain(self) -> Tally:
+        """Grade the whole stream in windows side by side."""
+        tally = Tally(len(self.data.bytes), self.run.dist.device)
+        self.score(plain_windows(len(self.data.bytes), self.run.cfg.seq_len), tally)
+        return tally
+
+    @torch.no_grad()
+    def score(self, windows: list[Window], tally: Tally):
+        """Grade this rank's share of `windows`, in batches of one shape for each tail."""
+        mine, size = self.run.dist.share(windows), self.run.cfg.eval_batch_seqs
+        for tail in sorted({w.tail for w in mine}):
+            same = [w for w in mine if w.tail == tail]
+            starts = [w.start for w in same] + [0] * (-len(same) % size)        # pad the last
+            starts = torch.tensor(starts).to(self.run.dist.device).view(-1, size)
+            for i, part in enumerate(starts):
+                self.score_batch(part, same[i * size:(i + 1) * size], tally)
+
+    def score_batch(self, starts: Tensor, windows: list[Window], tally: Tally):
+        """Grade `windows`, which begin at the first of `starts` (B,); the rest of B is padding."""
+        B, tail = len(windows), windows[0].tail
+        at = starts[:, None] + self.steps                                           # (B, T)
+        tokens, targets = self.data.tokens[at], self.data.tokens[at[:, -tail:] + 1]
+        nll = self.run.window_nll(tokens.long(), targets.long())
+        tally.add(nll[:B], self.data.bytes[at[:B, -tail:]], windows, self.run.cfg.seq_len)
+
+    def report(self, name: str, tally: Tally, seconds: float) -> tuple[float, float]:
+        """Log score and ledger of a finished pass, and return (nats per token, bits per byte)."""
+        run = self.run
+        loss, bpb, targets, size = tally.total(run.dist)
+        least, most = tally.ledger(run.dist)
+        run.log("eval", name=name, val_loss=loss, val_bpb=bpb, targets=targets, bytes=size,
+                seconds=seconds, clock_s=run.clock.eval_seconds)
+        run.log("ledger", name=name, targets=targets, scored_min=least, scored_max=most)
+        assert least == most == 1 and targets == len(tally.scored), "each target is scored once"
+        if not math.isfinite(loss):
+            raise DataError(f"{name}: the loss is {loss}; the weights are broken, train again")
+        return loss, bpb
+
+
+# ------------------------------------------------------------------------------------------------
+# Test-time training: grade a chunk, then learn from it; nothing is graded twice
+# ------------------------------------------------------------------------------------------------
+# Score-first adaptation of parameter-golf #549/#1413/#1493: plain SGD on all weights.
+
+def chunks_of(windows: list[Window], seq_len: int, chunk_tokens: int) -> list[list[Window]]:
+    """Windows grouped by the chunk of targets that their first graded target lies in."""
+    key = lambda w: (w.start + seq_len - w.tail) // chunk_tokens
+    return [list(group) for _, group in itertools.groupby(windows, key)]
+
+
+def eval_chunks(run: "Run", scorer: Scorer, learn: bool) -> Tally:
+    """Grade the stream chunk by chunk; if asked to, learn from a chunk once it has been graded.
+
+    Every target is graded exactly once, by weights that have seen no token at or after it.
+    Returns the tally; the model is left adapted.
+    """
+    cfg, n, velocity = run.cfg, len(scorer.data.bytes), torch.zeros_like(run.flat.data)
+    tally = Tally(n, run.dist.device)
+    windows = sliding_windows(n, cfg.seq_len, cfg.eval_stride)
+    chunks = chunks_of(windows, cfg.seq_len, cfg.ttt_chunk_tokens)
+    last = len(chunks) - 1
+    for i, windows in enumerate(chunks):
+        scorer.score(windows, tally)                    # grade: the weights know chunks < i only
+        if not learn:
+            continue
+        span = dict(chunk=f"{i + 1}/{len(chunks)}", first=i * cfg.ttt_chunk_tokens,
+                    last=min((i + 1) * cfg.ttt_chunk_tokens, n))
+        run.log("score", **span, bpb=tally.total(run.dist)[1])
+        if i < last:                                        # nothing is graded after the last chunk
+            lr = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * i / last))
+            run.log("update", **span, lr=lr)
+            for _ in range(cfg.ttt_epochs):                 # learn: all of chunk i has been graded
+                adapt(run, scorer.data.tokens[span["first"]:span["last"] + 1], velocity, lr)
+    return tally
+
+
+def adapt(run: "Run", tokens: Tensor, velocity: Tensor, lr: float):
+    """One SGD step on graded `tokens` (chunk + 1,); `velocity` (P,) is the momentum, updated."""
+    cfg, dist, flat = run.cfg, run.dist, run.flat
+    rows = tokens.unfold(0, cfg.seq_len + 1, cfg.seq_len)                           # (B, T + 1)
+    share = -(-len(rows) // dist.world)                     # one shape on all ranks, also the empty
+    mine = rows[dist.rank * share:(dist.rank + 1) * share].long()
+    weight = torch.zeros(share, device=mine.device)
+    weight[:len(mine)] = 1 / len(rows)
+    mine = torch.cat([mine, rows[:1].expand(share - len(mine), -1).long()])
+    flat.buffer.zero_()
+    (run.loss_rows(mine, True) * weight).sum().backward()
+    dist.sum_(flat.buffer)
+    clip_(flat.grad, cfg.ttt_grad_clip)
+    velocity.mul_(cfg.ttt_momentum).add_(flat.grad)
+    flat.data.add_(velocity, alpha=-lr)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training: a loop on the wall clock, after an untimed warm-up that compiles and measures
+# ------------------------------------------------------------------------------------------------
+
+class Run(NamedTuple):
+    """What every stage needs: settings, ranks, log, clock, the model and its flat parameters."""
+    cfg: Config
+    dist: Dist
+    log: Log
+    clock: Clock
+    model: GPT
+    flat: Flat
+    forward: Callable       # model.features, compiled where that pays
+    token_nll: Callable     # model.token_nll, likewise
+    matrix_inputs: Callable     # model.matrix_inputs, likewise
+
+    def loss_rows(self, rows: Tensor, looped: bool) -> Tensor:
+        """Mean nats per token of each sequence of rows (B, T + 1): inputs and shifted targets."""
+        return self.token_nll(self.forward(rows[:, :-1], looped), rows[:, 1:]).mean(1)      # (B,)
+
+    def window_nll(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Nats (B, tail) of `targets`, which follow the last of tokens (B, T); logits are fp32."""
+        features = self.forward(tokens, True)[:, -targets.size(1):]     # (B, tail, C)
+        return self.token_nll(features.float(), targets)
+
+
+def start_run(cfg: Config, dist: Dist, log: Log) -> Run:
+    """Build the model with its initial weights on this rank's device."""
+    if cfg.batch_seqs % dist.world:
+        raise ConfigError(f"WORLD_SIZE={dist.world} does not divide the {cfg.batch_seqs} sequences "
+                          f"of TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}; change one of them")
+    model = GPT(cfg, dist.dtype)
+    flat = Flat(model, dist.device)
+    work = model.features, model.token_nll, model.matrix_inputs
+    if cfg.compile_enabled and dist.on_cuda:
+        # Row and column sums fused in one kernel cost 7 to 12 ms a step here (bench/RESULTS.md).
+        fused = "triton.mix_order_reduction"
+        options = {fused: False} if fused in torch._inductor.list_options() else {}
+        work = [torch.compile(f, dynamic=False, fullgraph=True, options=options) for f in work]
+    log("model", params=len(flat.data))
+    for name, names in flat.groups.items():
+        log("group", name=name, optimizer="muon" if name == "matrices" else "adamw",
+            tensors=len(names), params=len(flat.part(flat.data, name)))
+    return Run(cfg, dist, log, Clock(cfg), model, flat, *work)
+
+
+def micro_batches(rows: Tensor, cfg: Config) -> tuple[Tensor, ...]:
+    """Equal parts of rows (B, T + 1), each of at most micro_batch_seqs sequences."""
+    B = len(rows)
+    return rows.split(max(d for d in range(1, min(B, cfg.micro_batch_seqs) + 1) if B % d == 0))
+
+
+def train_step(run: Run, rows: Tensor, looped: bool, signs: tuple[float, float]):
+    """Leave the clipped mean gradient of a global batch in flat.grad, and its loss in flat.report.
+
+    Args: rows (B, T + 1) this rank's part; `signs` this rank's numbers for the rest of the report.
+    """
+    flat, parts = run.flat, micro_batches(rows, run.cfg)
+    flat.buffer.zero_()
+    for i, sign in enumerate(signs, 1):
+        flat.report[i].fill_(sign)                          # a kernel argument: no copy, no waiting
+    for part in parts:
+        loss = run.loss_rows(part, looped).mean() / (len(parts) * run.dist.world)
+        loss.backward()
+        flat.report[0] += loss.detach()
+    run.dist.sum_(flat.buffer)                              # a step's only collective but Muon's
+    clip_(flat.grad, run.cfg.grad_clip_norm)
+
+
+def warm_up(run: Run) -> tuple[dict[bool, float], float]:
+    """Compile and time both graphs on random tokens, then undo what that did to the weights.
+
+    Returns: seconds a step by `looped`, and the seconds that calibration will take.
+    """
+    cfg, dist, flat = run.cfg, run.dist, run.flat
+    kept, optimizer, seconds = flat.data.clone(), Optimizer(cfg, flat, dist), {}
+    shape = cfg.batch_seqs // dist.world, cfg.seq_len + 1
+    rows = torch.randint(cfg.vocab_size, shape, device=dist.device)
+
+    def one_step(looped):
+        """A whole step on random tokens."""
+        train_step(run, rows, looped, (0.0, 0.0))
+        optimizer.step(1.0, cfg.muon_momentum)
+
+    for looped in (False, True):
+        started = time.perf_counter()
+        seconds[looped] = fastest(dist, cfg.warmup_steps, lambda: one_step(looped))
+        run.log("warm_up", graph="looped" if looped else "plain", step_ms=1000 * seconds[looped],
+                seconds=time.perf_counter() - started)
+    flat.data.copy_(kept)
+    loader = SimpleNamespace(next=lambda: rows)
+    batch = fastest(dist, 2, lambda: collect_hessians(run, loader, 1))
+    run.log("warm_up", graph="calibration", batch_ms=1000 * batch)
+    return seconds, batch * cfg.gptq_calibration_batches
+
+
+def fastest(dist: Dist, times: int, work) -> float:
+    """Seconds of the fastest of several calls of `work`, on the slowest rank."""
+    seconds = []
+    for _ in range(times):
+        dist.wait()
+        started = time.perf_counter()
+        work()
+        dist.wait()
+        seconds.append(time.perf_counter() - started)
+    return dist.max(min(seconds))
+
+
+def plan_budget(run: Run) -> tuple[float, int]:
+    """(seconds of training, 0 without a limit; steps expected in them), from a warm-up."""
+    cfg = run.cfg
+    seconds, calibration = warm_up(run) if cfg.warmup_steps else ({}, 0.0)
+    if not cfg.max_wallclock_seconds:
+        return 0.0, cfg.iterations
+    reserve = 1.1 * calibration + 3 * seconds[True] + 0.5   # two steps may be in flight
+    budget = cfg.max_wallclock_seconds - reserve
+    if budget <= 0:
+        raise BudgetError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: calibration alone "
+                          f"takes {reserve:.1f} s; lower GPTQ_CALIBRATION_BATCHES")
+    plain = cfg.enable_looping_at if cfg.num_loops else 1.0
+    steps = budget * (plain / seconds[False] + (1 - plain) / seconds[True])
+    expected = max(1, min(cfg.iterations, int(steps)))
+    run.log("budget", train_s=budget, reserve_s=reserve, limit_s=cfg.max_wallclock_seconds,
+            expected_steps=expected)
+    return budget, expected
+
+
+class StopRequest:
+    """While entered, makes a first Ctrl-C or SIGTERM a wish to end training; a second kills."""
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self):
+        """Listen to the signals."""
+        self.asked = False
+        self.usual = {number: signal.signal(number, self.ask) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception):
+        """Leave the signals as they were."""
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, frame):
+        """Remember the wish and give the signal its usual effect back."""
+        self.asked = True
+        signal.signal(number, self.usual[number])
+
+
+class Trained(NamedTuple):
+    """What training leaves: flat weights, their average, where its data ended and what it took."""
+    weights: Tensor         # (P,) at the last step
+    average: Tensor         # (P,) moving average, the one that is quantized
+    loader: dict            # state of the batches; calibration goes on from there
+    seconds: float          # on the training clock
+    steps: int
+
+
+class Trainer:
+    """The state of a training: weights and their average, optimiser, data position and clock."""
+
+    def __init__(self, run: Run, batches: Batches, budget: float, expected_steps: int):
+        """At step 0, the average equal to the initial weights."""
+        self.run, self.batches, self.budget = run, batches, budget
+        self.schedule, self.late = Schedule(run.cfg, expected_steps), Late()
+        self.optimizer = Optimizer(run.cfg, run.flat, run.dist)
+        self.average = run.flat.data.clone()                                        # (P,)
+        self.step, self.seconds, self.loss = 0, 0.0, math.nan
+        self.looping = self.stopping = False
+        self.logged = self.saved = (0, 0.0)         # step and second of the last log and save
+
+    def train(self) -> str:
+        """Train until the wall clock, the last iteration or a signal ends it; returns which."""
+        run = self.run
+        run.dist.wait()
+        run.clock.start(self.seconds)
+        self.logged = self.saved = (self.step, self.seconds)
+        with StopRequest() as stop:
+            while not (reason := self.ended()):
+                frac = self.frac()
+                if self.schedule.looped(frac) and not self.looping:
+                    self.start_looping(frac)
+                self.advance(frac, stop.asked)
+                numbers = self.late.swap(run.flat.report)
+                if numbers:                                 # of the step before: the device runs on
+                    self.take(self.step - 1, numbers)
+                self.save_if_due()
+        if self.late.pending:
+            self.take(self.step, self.late.read(), last=True)
+        run.dist.wait()
+        self.seconds = run.dist.max(run.clock.elapsed())
+        return reason
+
+    def ended(self) -> str:
+        """Why training must end now, or an empty string; the same on every rank."""
+        if self.stopping:
+            return "signal"
+        if self.step >= self.run.cfg.iterations:
+            return "iterations"
+        return "wallclock" if self.budget and self.seconds >= self.budget else ""
+
+    def frac(self) -> float:
+        """How far training is, from 0 to 1."""
+        steps = self.step / self.run.cfg.iterations
+        return max(steps, self.seconds / self.budget) if self.budget else steps
+
+    def start_looping(self, frac: float):
+        """Turn recurrence on for the rest of training."""
+        self.looping = True
+        encoder, decoder = layer_schedule(self.run.cfg, True)
+        self.run.log("loop_on", n=self.step + 1, frac=frac, elapsed_s=self.seconds, encoder=encoder,
+                     decoder=decoder)
+
+    def advance(self, frac: float, stop: bool):
+        """One optimiser step and its effect on the average; flat.report holds its numbers."""
+        run, schedule = self.run, self.schedule
+        clock = run.clock.elapsed() if run.dist.is_main else 0.0
+        train_step(run, self.batches.next(), self.looping, (clock, float(stop)))
+        self.optimizer.step(schedule.lr_scale(frac), schedule.momentum(self.step))
+        self.average.lerp_(run.flat.data, 1 - schedule.ema_decay())
+        self.step += 1
+
+    def take(self, n: int, numbers: list[float], last: bool = False):
+        """Take note of step n's loss, seconds and wishes to stop, and log it if it is its turn."""
+        self.loss, self.seconds, self.stopping = numbers[0], numbers[1], numbers[2] > 0
+        if not math.isfinite(self.loss):
+            raise DataError(f"step {n}: the training loss is {self.loss}, not a finite number; "
+                            "lower MATRIX_LR or TIED_EMBED_LR")
+        if last or n == 1 or n % self.run.cfg.train_log_every == 0:
+            self.log_step(n)
+
+    def log_step(self, n: int):
+        """Log step n, with the pace since the last logged one; check that ranks share one plan."""
+        cfg, (step, second) = self.run.cfg, self.logged
+        pace = max(self.seconds - second, 1e-9) / max(n - step, 1)
+        self.run.dist.check_same("the order of training data", self.batches.state["digest"] or "0")
+        self.run.log("step", n=f"{n}/{cfg.iterations}", train_loss=self.loss,
+                     lr_scale=self.schedule.lr_scale(self.frac()), step_ms=1000 * pace,
+                     tokens_per_s=round(cfg.train_batch_tokens / pace), elapsed_s=self.seconds)
+        self.logged = n, self.seconds
+
+    def save_if_due(self):
+        """Write a resumable checkpoint every checkpoint_seconds."""
+        every = self.run.cfg.checkpoint_seconds
+        if every and self.seconds - self.saved[1] >= every:
+            self.saved = self.step, self.seconds
+            self.save(self.run.clock.elapsed())
+
+    def save(self, seconds: float):
+        """Write the checkpoint from which RESUME=1 goes on as if nothing had happened."""
+        run = self.run
+        if run.dist.is_main:
+            meta = dict(model=run.cfg.group("model"), seed=run.cfg.seed, step=self.step,
+                        seconds=seconds, loader=self.batches.state,
+                        expected_steps=self.schedule.expected_steps)
+            tensors = dict(weights=run.flat.data, average=self.average, **self.optimizer.memory())
+            path = run.cfg.run_dir / "checkpoint.golf"
+            write_atomic(path, pack_tensors("checkpoint", meta, tensors, compress=False))
+            run.log("checkpoint", file=path, step=self.step, bytes=path.stat().st_size)
+
+    def load(self, meta: dict, tensors: dict[str, Tensor]):
+        """Take over the state that `save` wrote."""
+        self.run.flat.data.copy_(tensors["weights"])
+        self.average.copy_(tensors["average"])
+        self.optimizer.remember(tensors)
+        self.step, self.seconds = meta["step"], meta["seconds"]
+
+    def result(self) -> Trained:
+        """What later stages need."""
+        weights = self.run.flat.data.clone()
+        return Trained(weights, self.average, self.batches.state, self.seconds, self.step)
+
+
+# ------------------------------------------------------------------------------------------------
+# Main: the three stages of a run, and the lines that say what it was and what came out
+# ------------------------------------------------------------------------------------------------
+
+def read_checkpoint(cfg: Config) -> tuple[dict, dict[str, Tensor]]:
+    """(meta, tensors) of this run's checkpoint, made for this model."""
+    path = cfg.run_dir / "checkpoint.golf"
+    meta, tensors = read_container(path, "checkpoint")
+    check_made_for(path, meta, cfg)
+    return meta, tensors
+
+
+def train_stage(run: Run) -> Trained:
+    """Train, and leave a checkpoint."""
+    cfg = run.cfg
+    shards = open_shards(cfg, "train", run.clock, run.log)
+    meta, tensors = read_checkpoint(cfg) if cfg.resume else (None, None)
+    budget, expected = plan_budget(run)
+    batches = Batches(cfg, shards, run.dist, meta and meta["loader"])
+    trainer = Trainer(run, batches, budget, meta["expected_steps"] if meta else expected)
+    if meta:
+        trainer.load(meta, tensors)
+    try:
+        reason = trainer.train()
+    finally:
+        batches.close()
+    run.log("train_end", steps=trainer.step, reason=reason, elapsed_s=trainer.seconds,
+            seen_tokens=trainer.step * cfg.train_batch_tokens, plan=batches.state["digest"],
+            peak_mib=torch.cuda.max_memory_allocated() >> 20 if run.dist.on_cuda else 0)
+    trainer.save(trainer.seconds)
+    return trainer.result()
+
+
+def load_trained(run: Run) -> Trained:
+    """What the training stage of an earlier run left in its checkpoint."""
+    meta, tensors = read_checkpoint(run.cfg)
+    weights, average = (tensors[n].to(run.dist.device) for n in ("weights", "average"))
+    return Trained(weights, average, meta["loader"], meta["seconds"], meta["step"])
+
+
+def quantize_stage(run: Run, trained: Trained):
+    """Calibrate on the training batches that come next, quantize, and leave the artifact."""
+    cfg, dist = run.cfg, run.dist
+    shards = open_shards(cfg, "train", run.clock, run.log)
+    batches = Batches(cfg, shards, dist, trained.loader)
+    run.flat.data.copy_(trained.average)
+    started = time.perf_counter()
+    hessians = collect_hessians(run, batches, cfg.gptq_calibration_batches)
+    dist.wait()
+    seconds = dist.max(time.perf_counter() - started)
+    batches.close()
+    run.log("hessians", count=len({id(H) for H in hessians.values()}),
+            batches=cfg.gptq_calibration_batches, seconds=seconds)
+    run.clock.close_training_data(trained.seconds, trained.seconds + seconds)
+    run.log("data_closed", split="train", elapsed_s=run.clock.data_seconds,
+            limit_s=cfg.max_wallclock_seconds)
+    run.clock.refuse_overtime()
+    if dist.is_main:
+        path = cfg.run_dir / "model.golf"
+        parts = fit_artifact(run, trained, hessians)
+        write_atomic(path, parts)
+        identical = path.read_bytes() == b"".join(parts)
+        run.log("read_back", file=path, identical=identical)
+        if not identical:
+            raise ArtifactError(f"{path}: it does not read back as written; check the disk")
+    dist.wait()
+
+
+def fit_artifact(run: Run, trained: Trained, hessians: dict[str, Tensor]) -> list[bytes]:
+    """Bytes of the artifact; where no clip is set, of the finest one that fits target_bytes.
+
+    A code's entropy is a constant less log2 of the clip, so the excess in bits a weight says how to
+    change it; two or three tries suffice.  Raises SizeError if the artifact would not fit.
+    """
+    cfg, N = run.cfg, len(run.flat.part(trained.average, "matrices"))
+    clip, limit = cfg.matrix_clip_sigmas or FIRST_CLIP, cfg.target_bytes
+    code = len(own_source().encode())
+    for attempt in range(1, MOST_CLIPS + 1):
+        started = time.perf_counter()
+        tensors, rows = quantize_model(run, trained.average, hessians, clip)
+        quantized = time.perf_counter()
+        meta = dict(model=cfg.group("model"), seq_len=cfg.seq_len, train_seconds=trained.seconds,
+                    data_seconds=run.clock.data_seconds, steps=trained.steps)
+        parts = pack_tensors("artifact", meta, tensors, compress=True)
+        size = sum(map(len, parts))
+        run.log("compress", attempt=attempt, matrix_clip_sigmas=clip, model_bytes=size,
+                total_bytes=size + code, gptq_s=quantized - started,
+                seconds=time.perf_counter() - quantized)
+        spare = limit - size - code
+        if cfg.matrix_clip_sigmas or 0 <= spare <= CLIP_SLACK or (clip == LEAST_CLIP and spare > 0):
+            break
+        clip = max(LEAST_CLIP, clip * 2 ** (8 * (CLIP_SLACK / 4 - spare) / N))
+    if spare < 0:
+        raise SizeError(f"model {size} + code {code} = {size + code} bytes, more than TARGET_BYTES="
+                        f"{limit}; raise MATRIX_CLIP_SIGMAS (0 searches) or shrink the model")
+    for row in rows:
+        run.log("matrix", **row)
+    return parts
+
+
+FIRST_CLIP, LEAST_CLIP, MOST_CLIPS, CLIP_SLACK = 12.85, 4.0, 6, 20_000   # deviations; tries; bytes
+
+
+def log_artifact(run: Run) -> dict:
+    """Log the artifact on disk and the hash that freezes it; returns its sizes."""
+    path, code = run.cfg.run_dir / "model.golf", own_source().encode()
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise ArtifactError(f"{path}: cannot be read ({e.strerror}); run STAGES=quantize") from None
+    total = len(data) + len(code)
+    run.log("artifact", file=path, model_bytes=len(data), code_bytes=len(code), total_bytes=total,
+            limit_bytes=run.cfg.target_bytes, sha256=hashlib.sha256(data).hexdigest())
+    return dict(artifact_bytes=total, model_bytes=len(data), code_bytes=len(code))
+
+
+def open_validation(run: Run, tokenizer) -> Validation:
+    """The validation stream on this rank's device, with the bytes of text of every target."""
+    tokens = load_validation(run.cfg, run.clock, run.log)
+    sizes = target_bytes(tokens, tokenizer)
+    run.log("validation", targets=len(sizes), target_bytes=int(sizes.sum(dtype=np.int64)))
+    arrays = tokens.astype(np.int32), sizes
+    return Validation(*(torch.from_numpy(a).to(run.dist.device) for a in arrays))
+
+
+def warm_up_scoring(run: Run):
+    """Compile every shape that scoring and test-time training use, on random tokens."""
+    cfg, device = run.cfg, run.dist.device
+    started, shape = time.perf_counter(), (cfg.eval_batch_seqs, cfg.seq_len)
+    tokens = torch.randint(cfg.vocab_size, shape, device=device)
+    with torch.no_grad():
+        for tail in {cfg.seq_len, cfg.eval_stride}:
+            run.window_nll(tokens, tokens[:, -tail:])
+    if cfg.ttt_enabled:
+        chunk = torch.randint(cfg.vocab_size, (cfg.ttt_chunk_tokens + 1,), device=device)
+        adapt(run, chunk.int(), torch.zeros_like(run.flat.data), 0.0)               # moves nothing
+    run.dist.wait()
+    run.log("warm_up", graph="scoring", seconds=time.perf_counter() - started)
+
+
+def eval_stage(run: Run, trained: Trained | None) -> dict:
+    """Score the artifact, and the weights behind it if at hand; returns the final block."""
+    cfg, clock, path = run.cfg, run.clock, run.cfg.run_dir / "model.golf"
+    meta, tensors = read_container(path, "artifact")
+    check_made_for(path, meta, cfg)
+    tokenizer = load_tokenizer(cfg)
+    warm_up_scoring(run)
+    clock.close_training_data(meta["train_seconds"], meta["data_seconds"])
+    started = time.perf_counter()
+    scorer = Scorer(run, open_validation(run, tokenizer))
+    clock.eval_seconds += time.perf_counter() - started
+    if trained:                                             # diagnostics, off the clock
+        for name, weights in dict(raw=trained.weights, ema=trained.average).items():
+            run.flat.data.copy_(weights)
+            score_pass(scorer, name, scorer.plain, timed=False)
+    dequantize(tensors, run.flat)
+    passes = dict(quantized=scorer.plain)
+    if cfg.sliding_enabled:
+        passes["sliding"] = lambda: eval_chunks(run, scorer, learn=False)
+    if cfg.ttt_enabled:                                     # last: it leaves other weights behind
+        passes["ttt"] = lambda: eval_chunks(run, scorer, learn=True)
+    for name, work in passes.items():
+        loss, bpb = score_pass(scorer, name, work, timed=True)
+    clock.refuse_overtime()
+    block = dict(val_bpb=bpb, val_loss=loss, score=name, train_seconds=clock.train_seconds,
+                 data_seconds=clock.data_seconds, eval_seconds=clock.eval_seconds,
+                 steps=meta["steps"])
+    if cfg.baselines_enabled:
+        block.update(compressor_baselines(run, scorer, tokenizer))
+    return block
+
+
+def score_pass(scorer: Scorer, name: str, work, timed: bool) -> tuple[float, float]:
+    """Do `work`, which returns a full tally, and report it; `timed`: on the scoring clock."""
+    dist, clock = scorer.run.dist, scorer.run.clock
+    started = time.perf_counter()
+    tally = work()
+    dist.wait()
+    seconds = dist.max(time.perf_counter() - started)
+    clock.eval_seconds += seconds if timed else 0.0
+    return scorer.report(name, tally, seconds)
+
+
+def compressor_baselines(run: Run, scorer: Scorer, tokenizer) -> dict:
+    """Bits per byte of gzip -9 and xz -9e on the text that was scored."""
+    text = tokenizer.decode(scorer.data.tokens.tolist()).encode()
+    sizes = {"gzip-9": len(gzip.compress(text, 9)),
+             "xz-9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
+    for name, size in sizes.items():
+        run.log("baseline", name=name, bytes=size, text_bytes=len(text), bpb=8 * size / len(text))
+    return {f"{name}_bpb": 8 * size / len(text) for name, size in sizes.items()}
+
+
+def log_run(cfg: Config, dist: Dist, log: Log, chosen: list[str]):
+    """Log what runs: versions, machine, the exact code, and every setting, overrides with a `*`."""
+    source, values = own_source().encode(), asdict(cfg)
+    python = "python" if dist.world == 1 else f"torchrun --nproc_per_node={dist.world}"
+    command = " ".join([f"{n.upper()}={values[n]}" for n in chosen] + [python, sys.argv[0]])
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    log("run", program=Path(__file__).name, python=platform.python_version(),
+        torch=torch.__version__, device=torch.cuda.get_device_name() if dist.on_cuda else cpu,
+        world=dist.world, code_bytes=len(source),
+        code_sha256=hashlib.sha256(source).hexdigest(), command=command,
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), stages=cfg.stages)
+    if dist.is_main and (Path(__file__).parent / "pack.py").is_file():
+        with suppress(ImportError):                         # its library is optional
+            import pack
+            packed = pack.pack_source(source.decode())
+            log("packed", code_bytes=len(packed), code_sha256=hashlib.sha256(packed).hexdigest())
+    for group in GROUPS.values():
+        values = {("*" if n in chosen else "") + n: v for n, v in cfg.group(group).items()}
+        log("config", group=group, **values)
+
+
+def run_stages(cfg: Config, chosen: list[str], dist: Dist):
+    """The whole run, from the first log line to the final block."""
+    log = Log(cfg, dist)
+    log_run(cfg, dist, log, chosen)
+    name, backend = choose_attention(cfg, dist)
+    log("attention", backend=name)
+    with torch_attention.sdpa_kernel(backend):
+        run, trained = start_run(cfg, dist, log), None
+        if "train" in cfg.stages:
+            trained = train_stage(run)
+        if "quantize" in cfg.stages:
+            quantize_stage(run, trained or load_trained(run))
+        if cfg.stages != "train":
+            sizes = log_artifact(run)
+        if "eval" in cfg.stages:
+            block = eval_stage(run, trained)
+            log.line("---")
+            for key, value in {**block, **sizes, "seed": cfg.seed}.items():
+                log.line(f"{key + ':':<17} {show(key, value)}")
+
+
+def main() -> int:
+    """Run as the command line says; returns the exit code."""
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        print_help()
+        return 0
+    try:
+        if sys.argv[1:]:
+            raise ConfigError(f"{sys.argv[1]}: settings are environment variables; see --help")
+        cfg, chosen = config_from_env()
+        dist = Dist()
+        run_stages(cfg, chosen, dist)
+        dist.close()
+        return 0
+    except GolfError as e:
+        problem = str(e)
+    except torch.OutOfMemoryError:
+        problem = "the device is out of memory; lower MICRO_BATCH_SEQS or EVAL_BATCH_SEQS"
+    print(f"train_gpt: {problem}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
