@@ -169,12 +169,12 @@ class Config:
 
     def group(self, name: str) -> dict:
         """Values of the fields of one group of `GROUPS`."""
-        values = asdict(self)
-        starts = [*GROUPS, None]
-        first = next(f for f, g in GROUPS.items() if g == name)
-        names = list(values)
-        end = starts[starts.index(first) + 1]
-        return {n: values[n] for n in names[names.index(first):names.index(end) if end else None]}
+        current, values = "", {}
+        for field, value in asdict(self).items():
+            current = GROUPS.get(field, current)
+            if current == name:
+                values[field] = value
+        return values
 
     @property
     def corpus(self) -> str:
@@ -399,7 +399,7 @@ class Late:
 
     def swap(self, values: Tensor) -> list[float] | None:
         """Take `values` (a small tensor, copied) and return those of the call before, or None."""
-        before = self.read()
+        before = self.flush()
         host = torch.empty(values.shape, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
         done = torch.cuda.Event() if values.is_cuda else None
         if done:
@@ -407,11 +407,11 @@ class Late:
         self.pending = host, done
         return before
 
-    def read(self) -> list[float] | None:
-        """The numbers handed in last, waiting for them if need be."""
+    def flush(self) -> list[float] | None:
+        """The numbers handed in last and not yet returned, waiting for the device if need be."""
         if self.pending is None:
             return None
-        host, done = self.pending
+        (host, done), self.pending = self.pending, None
         if done:
             done.synchronize()
         return host.tolist()
@@ -554,8 +554,9 @@ def check_ids(cfg: Config, tokens: np.ndarray, where: str):
 def load_validation(cfg: Config, clock: Clock, log: Log) -> np.ndarray:
     """The validation stream (n + 1,) uint16, cut to n targets, a multiple of seq_len."""
     shards = open_shards(cfg, "val", clock, log)
+    for name, tokens in shards:
+        check_ids(cfg, tokens, name)
     tokens = np.concatenate([s.tokens for s in shards])
-    check_ids(cfg, tokens, shards[0].name)
     n = (len(tokens) - 1) // cfg.seq_len * cfg.seq_len
     if not n:
         raise DataError(f"{shards[0].name}: {len(tokens)} validation tokens; one window of SEQ_LEN="
@@ -766,9 +767,9 @@ class Batches:
         span = self.cfg.seq_len + 1
         out = torch.empty(len(windows), span, dtype=torch.uint16, pin_memory=self.dist.on_cuda)
         rows = out.numpy()
-        for row, (shard, offset) in zip(rows, windows):
-            row[:] = self.shards[shard].tokens[offset:offset + span]
-        check_ids(self.cfg, rows, self.shards[windows[0, 0]].name)
+        for row, (i, offset) in zip(rows, windows):
+            row[:] = self.shards[i].tokens[offset:offset + span]
+            check_ids(self.cfg, row, self.shards[i].name)
         return out
 
     def next(self) -> Tensor:
@@ -1239,23 +1240,34 @@ class Schedule:
 # (parameter-golf #1394).  Hessians come from training batches: validation text is off limits here.
 
 @torch.no_grad()
-def collect_hessians(run: "Run", batches, count: int) -> dict[str, Tensor]:
+def collect_hessians(run: "Run", batches, count: int, seconds: float = 0.0) -> dict[str, Tensor]:
     """Sum of x x^T (I, I) over the inputs x of every matrix in `count` global training batches.
+
+    Stops before the batch that would take it past `seconds`, where that is not 0.
 
     Products of bf16 are summed in fp32.  Matrices with one input share one tensor; a layer that
     runs several times counts every pass; the embedding counts as output head.  Same on all ranks.
     """
-    sums = {}
-    parts = (part for _ in range(count) for part in micro_batches(batches.next(), run.cfg))
-    for rows in parts:
-        for names, x in run.matrix_inputs(rows[:, :-1]):
-            x = x.flatten(0, 1)                                                     # (B T, I)
-            wide = {} if x.dtype == torch.float32 else dict(out_dtype=torch.float32)
-            gram = torch.mm(x.mT, x, **wide)                                        # (I, I)
-            sums[names] = sums[names].add_(gram) if names in sums else gram
+    sums, spent, started = {}, 0.0, time.perf_counter()
+    for done in range(count):
+        if seconds and done and spent * (done + 1) / done > seconds:
+            run.log("hessians_cut", batches=done, wanted=count, seconds=spent)
+            break
+        for rows in micro_batches(batches.next(), run.cfg):
+            for names, x in run.matrix_inputs(rows[:, :-1]):
+                gram = gram_matrix(x.flatten(0, 1))                                 # (I, I)
+                sums[names] = sums[names].add_(gram) if names in sums else gram
+        run.dist.wait()
+        spent = run.dist.max(time.perf_counter() - started)
     for H in sums.values():
         run.dist.sum_(H)
     return {name: H for names, H in sums.items() for name in names}
+
+
+def gram_matrix(x: Tensor) -> Tensor:
+    """x^T x (I, I) float32 of x (n, I) in any float dtype, summed in fp32."""
+    wide = {} if x.dtype == torch.float32 else dict(out_dtype=torch.float32)
+    return torch.mm(x.mT, x, **wide)
 
 
 def inverse_factor(H: Tensor, damping: float, name: str, log) -> Tensor:
@@ -1820,8 +1832,8 @@ class Trainer:
                 if numbers:                                 # of the step before: the device runs on
                     self.take(self.step - 1, numbers)
                 self.save_if_due()
-        if self.late.pending:
-            self.take(self.step, self.late.read(), last=True)
+        if numbers := self.late.flush():
+            self.take(self.step, numbers, last=True)
         run.dist.wait()
         self.seconds = run.dist.max(run.clock.elapsed())
         return reason
@@ -1867,7 +1879,7 @@ class Trainer:
     def log_step(self, n: int):
         """Log step n, with the pace since the last logged one; check that ranks share one plan."""
         cfg, (step, second) = self.run.cfg, self.logged
-        pace = max(self.seconds - second, 1e-9) / max(n - step, 1)
+        pace = max(self.seconds - second, 1e-9) / max(n - step, 1)      # of n = 1: its launch only
         self.run.dist.check_same("the order of training data", self.batches.state["digest"] or "0")
         self.run.log("step", n=f"{n}/{cfg.iterations}", train_loss=self.loss,
                      lr_scale=self.schedule.lr_scale(self.frac()), step_ms=1000 * pace,
@@ -1879,6 +1891,8 @@ class Trainer:
         every = self.run.cfg.checkpoint_seconds
         if every and self.seconds - self.saved[1] >= every:
             self.saved = self.step, self.seconds
+            if numbers := self.late.flush():                # logged before what it led to is saved
+                self.take(self.step, numbers)
             self.save(self.run.clock.elapsed())
 
     def save(self, seconds: float):
@@ -1952,9 +1966,9 @@ def quantize_stage(run: Run, trained: Trained):
     shards = open_shards(cfg, "train", run.clock, run.log)
     batches = Batches(cfg, shards, dist, trained.loader)
     run.flat.data.copy_(trained.average)
-    started = time.perf_counter()
-    hessians = collect_hessians(run, batches, cfg.gptq_calibration_batches)
-    dist.wait()
+    started, left = time.perf_counter(), cfg.max_wallclock_seconds - trained.seconds
+    hessians = collect_hessians(run, batches, cfg.gptq_calibration_batches,
+                                max(left, 1e-9) if cfg.max_wallclock_seconds else 0.0)
     seconds = dist.max(time.perf_counter() - started)
     batches.close()
     run.log("hessians", count=len({id(H) for H in hessians.values()}),
@@ -1987,8 +2001,7 @@ def fit_artifact(run: Run, trained: Trained, hessians: dict[str, Tensor]) -> lis
         started = time.perf_counter()
         tensors, rows = quantize_model(run, trained.average, hessians, clip)
         quantized = time.perf_counter()
-        meta = dict(model=cfg.group("model"), seq_len=cfg.seq_len, train_seconds=trained.seconds,
-                    data_seconds=run.clock.data_seconds, steps=trained.steps)
+        meta = dict(model=cfg.group("model"), steps=trained.steps)
         parts = pack_tensors("artifact", meta, tensors, compress=True)
         size = sum(map(len, parts))
         run.log("compress", attempt=attempt, matrix_clip_sigmas=clip, model_bytes=size,
@@ -2053,7 +2066,7 @@ def eval_stage(run: Run, trained: Trained | None) -> dict:
     check_made_for(path, meta, cfg)
     tokenizer = load_tokenizer(cfg)
     warm_up_scoring(run)
-    clock.close_training_data(meta["train_seconds"], meta["data_seconds"])
+    clock.close_training_data(clock.train_seconds, clock.data_seconds)
     started = time.perf_counter()
     scorer = Scorer(run, open_validation(run, tokenizer))
     clock.eval_seconds += time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""What the tests of train_gpt.py share: a tiny model, a toy corpus, real processes, and logs read back.
+"""What the tests of train_gpt.py share: a tiny model, a toy corpus, real runs, logs read back.
 
 Fixtures: cfg, make_cfg, toy_data, toy_settings, toy_env, run_program, read_log, quiet, make_run.
 """
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""         # the tests' claims are about the CPU, wherever they run
+os.environ["CUDA_VISIBLE_DEVICES"] = ""     # the claims are about the CPU, wherever tests run
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -25,6 +25,7 @@ import train_gpt  # noqa: E402
 torch.set_num_threads(1)
 
 PROGRAM = ROOT / "train_gpt.py"
+TEST_SECONDS = 180      # no test takes a tenth of it
 VOCAB = 320             # 256 byte pieces, 4 control pieces, the letters, and a few merged pieces
 TRAIN_SIZES, VAL_SIZE = (6000, 4501, 3002), 1501
 TINY = dict(
@@ -33,8 +34,8 @@ TINY = dict(
     parallel_residual_start=2, iterations=6, max_wallclock_seconds=0.0, train_batch_tokens=256,
     micro_batch_seqs=4, warmup_steps=0, train_log_every=2, gptq_calibration_batches=2,
     matrix_clip_sigmas=12.85, eval_stride=8, eval_batch_seqs=16, ttt_chunk_tokens=256)
-WORDS = ("the model reads a page and learns from every line that it has scored before any weight may "
-         "move while the clock runs and bytes are counted in the open").split()
+WORDS = ("the model reads a page and learns from every line that it has scored before any weight "
+         "may move while the clock runs and bytes are counted in the open").split()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -45,6 +46,18 @@ WORDS = ("the model reads a page and learns from every line that it has scored b
 def seeded():
     """Let every test draw the same random tensors, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def limited():
+    """Make a test that waits for something that never comes fail, instead of waiting with it."""
+    def stop(number, frame):
+        pytest.fail(f"no end after {TEST_SECONDS} s")
+    usual = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(TEST_SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, usual)
 
 
 def prose(rng: np.random.Generator) -> str:
@@ -61,7 +74,7 @@ def write_shard(path: Path, ids: np.ndarray):
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory) -> Path:
-    """A data_dir with three train shards of different lengths, one val shard and their tokenizer."""
+    """A data_dir: three train shards of different lengths, one val shard and their tokenizer."""
     data_dir, rng = tmp_path_factory.mktemp("toy") / "data", np.random.default_rng(5)
     texts = [prose(rng) for _ in range(500)]
     model = prepare_data.train_tokenizer(texts, VOCAB)
@@ -81,7 +94,7 @@ def toy_data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make_cfg(toy_data, tmp_path):
-    """A function of overrides that returns a tiny `Config` on the toy corpus, writing to tmp_path."""
+    """A function of overrides: a tiny `Config` on the toy corpus that writes to tmp_path."""
     def make(**overrides) -> train_gpt.Config:
         return train_gpt.Config(**{**TINY, "data_dir": str(toy_data), "out_dir": str(tmp_path),
                                    **overrides})
@@ -160,8 +173,9 @@ def run_program_fixture(tmp_path_factory):
         command = [sys.executable, *(launcher if world > 1 else ()), str(program), *args]
         clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         clean |= dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **env)
-        return finish(subprocess.Popen(command, env=clean, cwd=cwd, text=True, start_new_session=True,
-                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE), timeout)
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, env=clean, cwd=cwd, start_new_session=True, **pipes)
+        return finish(process, timeout)
     return run_program
 
 

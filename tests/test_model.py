@@ -1,0 +1,477 @@
+"""train_gpt.py, Model: the forward pass against a slow one, causality, initial weights, loss.
+
+Run alone: python -m pytest -q tests/test_model.py
+"""
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+from train_gpt import GPT, Config, SoftcapNLL, layer_schedule
+
+# Models in which every part differs from every other: layers, heads, kinds of blocks, skips, loops.
+SHAPES = {
+    "tiny": {},
+    "two loops": dict(num_layers=5, num_loops=2, loop_end=3, parallel_residual_start=3),
+    "no loop, no gates": dict(num_loops=0, skip_gates_enabled=False),
+    "one kv head, all XSA": dict(num_kv_heads=1, xsa_last_n=3, rope_dims=16, qk_gain_init=1.5),
+    "no rope, no XSA": dict(num_kv_heads=4, xsa_last_n=0, rope_dims=0, parallel_residual_start=0),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Helpers
+# ------------------------------------------------------------------------------------------------
+
+def stirred(cfg: Config, dtype=torch.float64) -> GPT:
+    """A model whose parameters are all random, none at 0 or 1, so that every part matters."""
+    model, rng = GPT(cfg, dtype).to(dtype), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=rng, dtype=torch.float64)
+            p.copy_(noise * (p.size(1) ** -0.5 if name.endswith(".weight") else 0.5)
+                    + (0.7 if p.dim() == 1 or name == "skip_weights" else 0.0))
+    return model
+
+
+def some_tokens(cfg: Config, *shape: int) -> torch.Tensor:
+    """Random token ids of a shape."""
+    return torch.randint(cfg.vocab_size, shape, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request, make_cfg) -> Config:
+    """A tiny `Config` of each of the shapes above."""
+    return make_cfg(**SHAPES[request.param])
+
+
+@pytest.fixture(scope="module")
+def full_model() -> GPT:
+    """The model of the challenge; its orthogonal weights stay zero, as drawing them is slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt.nn.init, "orthogonal_", lambda weight, generator: weight)
+        return GPT(Config())
+
+
+# ------------------------------------------------------------------------------------------------
+# A slow model, written from spec/system.md 1.1, one vector at a time
+# ------------------------------------------------------------------------------------------------
+
+def slow_norm(x):
+    """A vector over its root mean square."""
+    return x / math.sqrt(sum(float(v) ** 2 for v in x) / len(x) + 1e-6)
+
+
+def slow_rope(x, position: int, dims: int, base: float):
+    """A head vector whose channel k < dims/2 and its partner k + dims/2 are turned by position."""
+    out, half = x.clone(), dims // 2
+    for k in range(half):
+        angle = position * base ** (-2 * k / dims)
+        a, b = float(x[k]), float(x[k + half])
+        out[k] = a * math.cos(angle) + b * math.sin(angle)
+        out[k + half] = -a * math.sin(angle) + b * math.cos(angle)
+    return out
+
+
+def slow_head(queries, keys, values, xsa: bool):
+    """Causal softmax attention of one head over lists of vectors; XSA takes the own value out."""
+    out = []
+    for t, q in enumerate(queries):
+        scores = torch.stack([q @ k for k in keys[:t + 1]]) / math.sqrt(len(q))
+        y = sum(p * v for p, v in zip(scores.softmax(0), values))
+        if xsa:
+            own = values[t] / max(float(values[t].norm()), 1e-12)
+            y = y - (y @ own) * own
+        out.append(y)
+    return out
+
+
+def slow_attention(cfg: Config, p: dict, layer: int, xs):
+    """Attention of one layer over a list of vectors (C,)."""
+    D, group = cfg.model_dim // cfg.num_heads, cfg.num_heads // cfg.num_kv_heads
+    name = f"layers.{layer}.attn."
+    heads = []
+    for h in range(cfg.num_heads):
+        mine, shared = slice(h * D, (h + 1) * D), slice(h // group * D, (h // group + 1) * D)
+        turn = lambda x, t: slow_rope(slow_norm(x), t, cfg.rope_dims, cfg.rope_base)
+        queries = [turn(p[name + "c_q.weight"][mine] @ x, t) * p[name + "q_gain"][h]
+                   for t, x in enumerate(xs)]
+        keys = [turn(p[name + "c_k.weight"][shared] @ x, t) for t, x in enumerate(xs)]
+        values = [p[name + "c_v.weight"][shared] @ x for x in xs]
+        heads.append(slow_head(queries, keys, values, layer >= cfg.num_layers - cfg.xsa_last_n))
+    return [p[name + "proj.weight"] @ torch.cat(y) for y in zip(*heads)]
+
+
+def slow_mlp(p: dict, layer: int, x):
+    """leaky_relu with slope 0.5, squared, between two matrices."""
+    h = p[f"layers.{layer}.mlp.fc.weight"] @ x
+    return p[f"layers.{layer}.mlp.proj.weight"] @ torch.where(h > 0, h, 0.5 * h) ** 2
+
+
+def slow_block(cfg: Config, p: dict, layer: int, xs, x0s):
+    """One layer over lists of vectors: x0 mix, then attention and MLP in a row or side by side."""
+    mix = p[f"layers.{layer}.resid_mix"]
+    depth = 1 / math.sqrt(layer + 1)
+    hs = [mix[0] * x + mix[1] * x0 for x, x0 in zip(xs, x0s)]
+    attended = slow_attention(cfg, p, layer, [slow_norm(h) * depth for h in hs])
+    us = [h + p[f"layers.{layer}.attn_scale"] * a for h, a in zip(hs, attended)]
+    bases = hs if layer >= cfg.parallel_residual_start else us
+    return [u + p[f"layers.{layer}.mlp_scale"] * slow_mlp(p, layer, slow_norm(b) * depth)
+            for u, b in zip(us, bases)]
+
+
+def slow_order(cfg: Config, looped: bool) -> list[int]:
+    """Layers in running order: the looped ones num_loops times more."""
+    first, last = (cfg.loop_start, cfg.loop_end) if looped and cfg.num_loops else (0, -1)
+    before = list(range(first))
+    passes = [*range(first, last + 1)] * (cfg.num_loops + 1)
+    return before + passes + list(range(last + 1, cfg.num_layers))
+
+
+def slow_features(cfg: Config, p: dict, ids: list[int], looped: bool):
+    """Final normed states of one sequence."""
+    x0s = xs = [slow_norm(p["tok_emb"][i]) for i in ids]
+    order, stack = slow_order(cfg, looped), []
+    half = len(order) // 2
+    for i, layer in enumerate(order):
+        if i >= half and stack:
+            skips, w = stack.pop(), p["skip_weights"][i - half]
+            if cfg.skip_gates_enabled:
+                g = torch.sigmoid(p["skip_gates"][i - half])
+                xs = [(1 - g) * (w * s) + g * x for s, x in zip(skips, xs)]
+            else:
+                xs = [x + w * s for s, x in zip(skips, xs)]
+        xs = slow_block(cfg, p, layer, xs, x0s)
+        if i < half:
+            stack.append(xs)
+    return [slow_norm(x) for x in xs]
+
+
+def slow_nll(cfg: Config, p: dict, features, target: int) -> float:
+    """Cross-entropy of one target on softly capped logits of the tied head."""
+    logits = [cfg.logit_softcap * math.tanh(float(row @ features) / cfg.logit_softcap)
+              for row in p["tok_emb"]]
+    return math.log(sum(map(math.exp, logits))) - logits[target]
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_the_model_agrees_with_a_slow_one(shape, looped):
+    """States and losses equal those of a model computed one vector at a time from the spec."""
+    model = stirred(shape)
+    p = {name: value.detach() for name, value in model.named_parameters()}
+    ids, targets = some_tokens(shape, 2, 7), some_tokens(shape, 2, 7)
+    features = model.features(ids, looped)
+    nll = model.token_nll(features, targets)
+    for b in range(2):
+        expected = slow_features(shape, p, ids[b].tolist(), looped)
+        torch.testing.assert_close(features[b], torch.stack(expected), atol=1e-5, rtol=0)
+        losses = [slow_nll(shape, p, f, int(t)) for f, t in zip(expected, targets[b])]
+        torch.testing.assert_close(nll[b], torch.tensor(losses), atol=3e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------
+# What each position may know
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_a_token_moves_nothing_before_it(shape, looped):
+    """For every t, editing token t leaves the states before t alone and moves all from t on."""
+    T, model = 12, stirred(shape)
+    ids = some_tokens(shape, 1, T)
+    edited = ids.repeat(T, 1)
+    edited[range(T), range(T)] = (ids[0] + 1) % shape.vocab_size
+    with torch.no_grad():
+        moved = model.features(edited, looped) - model.features(ids, looped)
+    moved = moved.abs().amax(-1)                                        # (T, T)
+    for t in range(T):
+        assert moved[t, :t].sum() < 1e-12 and moved[t, t:].min() > 1e-7, f"token {t}"
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_features_of_a_prefix_are_the_prefix_of_features(shape, looped):
+    """What a sequence's first tokens give does not depend on how long it is."""
+    model, ids = stirred(shape), some_tokens(shape, 3, 32)
+    with torch.no_grad():
+        whole = model.features(ids, looped)
+        for n in (1, 2, 17, 31):
+            part = model.features(ids[:, :n], looped)
+            torch.testing.assert_close(part, whole[:, :n], atol=1e-12, rtol=0)
+
+
+def test_sequences_of_a_batch_do_not_meet(cfg):
+    """A sequence's states are the same alone and beside others."""
+    model, ids = stirred(cfg), some_tokens(cfg, 3, 16)
+    with torch.no_grad():
+        together, alone = model.features(ids, True), model.features(ids[1:2], True)
+    torch.testing.assert_close(together[1:2], alone, atol=1e-12, rtol=0)
+
+
+def test_recurrence_changes_the_result(cfg):
+    """A looped pass is another function than a plain one, unless there are no loops."""
+    model, ids = stirred(cfg), some_tokens(cfg, 1, 8)
+    assert not torch.allclose(model.features(ids, True), model.features(ids, False))
+
+
+# ------------------------------------------------------------------------------------------------
+# Attention
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_exclude_self_leaves_nothing_along_the_own_value(K):
+    """The output is orthogonal to the value of its kv group, and only that direction was taken."""
+    y, v = torch.randn(2, 5, 4, 16).double(), torch.randn(2, 5, K, 16).double()
+    before = y.clone(), v.clone()
+    out, own = train_gpt.exclude_self(y, v), v.repeat_interleave(4 // K, dim=2)
+    taken = (y * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True) * own
+    assert (out * own).sum(-1).abs().max() < 1e-12
+    torch.testing.assert_close(y - out, taken)
+    torch.testing.assert_close(out, train_gpt.exclude_self(y, own))
+    assert torch.equal(y, before[0]) and torch.equal(v, before[1])
+
+
+def test_exclude_self_survives_a_zero_value():
+    """A value of zero has no direction; the output stays as it is."""
+    y = torch.randn(1, 1, 2, 8)
+    assert torch.equal(train_gpt.exclude_self(y, torch.zeros(1, 1, 1, 8)), y)
+
+
+def test_layers_with_xsa_exclude_their_value(cfg):
+    """In the last xsa_last_n layers what enters the output matrix has nothing of the own value."""
+    model = stirred(cfg)
+    inputs = {names[0]: x for names, x in model.matrix_inputs(some_tokens(cfg, 2, 16))}
+    for i, layer in enumerate(model.layers):
+        x, y = inputs[f"layers.{i}.attn.c_q.weight"], inputs[f"layers.{i}.attn.proj.weight"]
+        v = layer.attn.c_v(x).view(2, 16, 2, 16).repeat_interleave(2, dim=2)
+        along = (y.view(2, 16, 4, 16) * F.normalize(v, dim=-1)).sum(-1).abs()
+        assert along.max() < 1e-12 if i >= 3 - cfg.xsa_last_n else along.mean() > 1e-3, f"layer {i}"
+
+
+def test_shared_heads_equal_repeated_ones(make_cfg):
+    """Grouped-query attention is attention whose k and v heads are repeated in each group."""
+    cfg = make_cfg(xsa_last_n=3)
+    model, wide = stirred(cfg), GPT(make_cfg(xsa_last_n=3, num_kv_heads=4), torch.float64).double()
+    weights = {name: w.view(2, 16, 64).repeat_interleave(2, dim=0).reshape(64, 64)
+               if name.endswith(("c_k.weight", "c_v.weight")) else w
+               for name, w in model.state_dict().items()}
+    wide.load_state_dict(weights)
+    ids = some_tokens(cfg, 2, 16)
+    torch.testing.assert_close(model.features(ids, True), wide.features(ids, True))
+
+
+def test_rotation_pairs_the_halves(make_cfg):
+    """Channels r and r + R are one complex number turned back by the angle; the rest stays."""
+    cfg = make_cfg(rope_dims=8)
+    angles = train_gpt.rotary_angles(cfg)                               # (T, 4)
+    speeds = 10000.0 ** -(torch.arange(4) / 4)
+    torch.testing.assert_close(angles, torch.arange(32.0)[:, None] * speeds)
+    x = torch.randn(2, 32, 3, 16)
+    out = train_gpt.rotate(x, angles.cos()[:, None], angles.sin()[:, None])
+    turned = torch.complex(x[..., :4], x[..., 4:8]) * torch.exp(-1j * angles)[:, None]
+    torch.testing.assert_close(torch.complex(out[..., :4], out[..., 4:8]), turned)
+    assert torch.equal(out[..., 8:], x[..., 8:])
+
+
+def test_rotated_products_know_distances_only(cfg):
+    """The product of a rotated query and key depends on how far apart they are, not on where."""
+    angles = train_gpt.rotary_angles(cfg).double()[:, None]
+    q, k = (torch.randn(16).double().expand(1, 32, 1, 16) for _ in range(2))
+    q, k = (train_gpt.rotate(x, angles.cos(), angles.sin())[0, :, 0] for x in (q, k))
+    products = q @ k.T                                                  # (T, T)
+    for distance in range(-31, 32):
+        along = products.diagonal(distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-5, rtol=0)
+    assert products[0].std() > 0.01
+
+
+# ------------------------------------------------------------------------------------------------
+# Layers and parameters
+# ------------------------------------------------------------------------------------------------
+
+def test_schedule_of_the_challenge():
+    """The default model's layers, plain and looped, as the public runs log them."""
+    assert layer_schedule(Config(), False) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10])
+    assert layer_schedule(Config(), True) == (
+        [0, 1, 2, 3, 4, 5, 3, 4], [5, 3, 4, 5, 6, 7, 8, 9, 10])
+
+
+def test_schedule_runs_each_layer_as_often_as_it_should(make_cfg):
+    """For any loop: the looped layers run num_loops times more, the encoder is the shorter half."""
+    for n, loops in itertools.product(range(1, 7), range(3)):
+        for start, end in itertools.combinations_with_replacement(range(n), 2):
+            cfg = make_cfg(num_layers=n, num_loops=loops, loop_start=start, loop_end=end)
+            encoder, decoder = layer_schedule(cfg, True)
+            assert encoder + decoder == slow_order(cfg, True)
+            assert 0 <= len(decoder) - len(encoder) <= 1
+            assert sum(layer_schedule(cfg, False), []) == list(range(n))
+
+
+def test_parameter_counts_of_the_challenge(full_model):
+    """35,944,536 parameters, and so many of each kind as the spec's table says."""
+    counts = Counter()
+    for name, p in full_model.named_parameters():
+        kind = "matrices" if name.endswith(".weight") else name.split(".")[-1]
+        counts[kind] += p.numel()
+    assert counts == dict(
+        tok_emb=4_194_304, matrices=11 * 2_883_584, q_gain=11 * 8, resid_mix=11 * 1024,
+        attn_scale=11 * 512, mlp_scale=11 * 512, skip_weights=4096, skip_gates=4096)
+    assert sum(counts.values()) == 35_944_536
+    assert full_model.skip_weights.shape == (8, 512)
+
+
+def test_first_loss_of_the_challenge(full_model):
+    """Before training the challenge's model knows nothing: ln(8192) nats, all targets averaged."""
+    ids = some_tokens(Config(), 1, 64)
+    targets = ids.roll(1)
+    with torch.no_grad():
+        features = full_model.features(ids, True)
+        logits = features @ full_model.tok_emb.T                        # (1, 64, V)
+        loss = full_model.token_nll(features, targets)
+        loss += logits.gather(-1, targets[..., None])[..., 0] - logits.mean(-1)
+    assert abs(loss.mean().item() - math.log(8192)) < 0.01
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_first_loss_is_that_of_guessing(shape, looped):
+    """Before training any model's loss is ln(vocab)."""
+    model, ids = GPT(shape), some_tokens(shape, 8, 33)
+    nll = model.token_nll(model.features(ids[:, :-1], looped), ids[:, 1:])
+    assert abs(nll.mean().item() - math.log(shape.vocab_size)) < 0.01
+
+
+def test_initial_weights(make_cfg):
+    """Input matrices are orthogonal, output matrices zero, vectors where the spec puts them."""
+    model = GPT(make_cfg(qk_gain_init=1.5, tied_embed_init_std=0.01, mlp_mult=4.0))
+    for name, p in model.named_parameters():
+        if name.endswith("proj.weight"):
+            assert not p.any(), name
+        elif name.endswith(".weight"):
+            gram = p.T @ p if p.size(0) > p.size(1) else p @ p.T
+            torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-5, rtol=0)
+        elif not name.endswith(("tok_emb", "resid_mix")):
+            start = dict(q_gain=1.5, skip_gates=0.0).get(name.split(".")[-1], 1.0)
+            assert (p == start).all(), name
+    assert abs(model.tok_emb.std().item() / 0.01 - 1) < 0.02
+    assert all((b.resid_mix[0] == 1).all() and not b.resid_mix[1].any() for b in model.layers)
+
+
+def test_initial_weights_depend_on_the_seed_only(make_cfg):
+    """Other settings and torch's own generator change nothing; another SEED changes every draw."""
+    first = dict(GPT(make_cfg()).named_parameters())
+    torch.manual_seed(99)
+    same = GPT(make_cfg(matrix_lr=0.5, data_dir="x", loader="shuffled"), torch.bfloat16)
+    other = dict(GPT(make_cfg(seed=2)).named_parameters())
+    for name, p in same.named_parameters():
+        assert torch.equal(p, first[name]), name
+        drawn = first[name].std() > 0 and name.endswith((".weight", "tok_emb"))
+        assert torch.equal(p, other[name]) != drawn, name
+    assert sum(torch.equal(p, first[n]) for n, p in other.items()) < len(first)
+
+
+def test_activations_have_the_dtype_asked_for(cfg):
+    """Parameters stay fp32 whatever the activations are; the loss is fp32."""
+    model, ids = GPT(cfg, torch.bfloat16), some_tokens(cfg, 2, 9)
+    features = model.features(ids[:, :-1], True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert features.dtype == torch.bfloat16
+    assert model.token_nll(features, ids[:, 1:]).dtype == torch.float32
+
+
+def test_every_parameter_learns(shape):
+    """In a looped pass of a stirred model no parameter is without a gradient."""
+    model, ids = stirred(shape), some_tokens(shape, 2, 17)
+    model.token_nll(model.features(ids[:, :-1], True), ids[:, 1:]).mean().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().amax() > 0, name
+
+
+def test_matrix_inputs_name_every_matrix(shape):
+    """Calibration sees the input of every matrix, once a pass over its layer, and of the head."""
+    model = stirred(shape)
+    ids = some_tokens(shape, 2, 9)
+    seen, passes = Counter(), Counter(slow_order(shape, True))
+    for names, x in model.matrix_inputs(ids):
+        for name in names:
+            assert x.shape == (2, 9, model.get_parameter(name).size(1)), name
+            seen[name] += 1
+    matrices = [n for n, p in model.named_parameters() if n.endswith(".weight")]
+    assert seen == {"tok_emb": 1} | {n: passes[int(n.split(".")[1])] for n in matrices}
+    torch.testing.assert_close(model.matrix_inputs(ids)[-1][1], model.features(ids, True))
+
+
+def test_matrix_inputs_are_what_the_matrices_meet(cfg):
+    """The inputs shown are those that the layers' own matrix products get."""
+    model, met = stirred(cfg), []
+    for name in ("attn.proj", "mlp.fc", "mlp.proj"):
+        for i, layer in enumerate(model.layers):
+            layer.get_submodule(name).register_forward_pre_hook(
+                lambda _, x, key=f"layers.{i}.{name}.weight": met.append((key, x[0])))
+    shown = [(names[0], x) for names, x in model.matrix_inputs(some_tokens(cfg, 2, 9))]
+    shown = [(name, x) for name, x in shown if "c_q" not in name and name != "tok_emb"]
+    assert [n for n, _ in shown] == [n for n, _ in met]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(shown, met))
+
+
+def test_the_challenge_has_67_matrices_to_calibrate(full_model):
+    """Six matrices a layer and the head, as the public runs log."""
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    with torch.no_grad():
+        assert len({name for names, _ in full_model.matrix_inputs(ids) for name in names}) == 67
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss
+# ------------------------------------------------------------------------------------------------
+
+def exact_nll(logits, targets, cap: float):
+    """Cross-entropy on softly capped logits in float64, by PyTorch."""
+    z = cap * torch.tanh(logits / cap)
+    return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+@pytest.mark.parametrize("cap", [5.0, 30.0, 70.0])
+@pytest.mark.parametrize("spread", [0.1, 10.0, 200.0])
+def test_loss_and_gradient_equal_exact_ones(cap, spread):
+    """Value and gradient are those of float64 autograd, from flat logits to far over the cap."""
+    logits, targets = spread * torch.randn(3, 5, 64), torch.randint(64, (3, 5))
+    weight = torch.randn(3, 5)
+    ours, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    nll, expected = SoftcapNLL.apply(ours, targets, cap), exact_nll(exact, targets, cap)
+    (nll * weight).sum().backward()
+    (expected * weight.double()).sum().backward()
+    torch.testing.assert_close(nll.double(), expected, atol=3e-5, rtol=1e-6)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, atol=3e-6, rtol=1e-4)
+
+
+def test_loss_of_low_precision_logits():
+    """bf16 logits are capped and summed in fp32; their gradient comes back in bf16."""
+    logits, targets = (5 * torch.randn(2, 4, 64)).bfloat16(), torch.randint(64, (2, 4))
+    exact = logits.double().requires_grad_()
+    logits.requires_grad_()
+    nll, expected = SoftcapNLL.apply(logits, targets, 30.0), exact_nll(exact, targets, 30.0)
+    nll.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(nll.double(), expected, atol=3e-5, rtol=0)
+    assert nll.dtype == torch.float32 and logits.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-4, rtol=0.01)
+
+
+def test_extreme_logits_stay_finite():
+    """Logits beyond any use, at the largest cap allowed, give a finite loss and gradient."""
+    logits = torch.tensor([[[1e30, -1e30, 0.0]], [[-1e30, -1e30, -1e30]]], requires_grad=True)
+    nll = SoftcapNLL.apply(logits, torch.tensor([[1], [0]]), 70.0)
+    nll.sum().backward()
+    torch.testing.assert_close(nll, torch.tensor([[140.0], [math.log(3)]]), atol=1e-4, rtol=0)
+    assert logits.grad.isfinite().all()
+
+
+def test_probabilities_sum_to_one(cfg):
+    """exp(-nll) over all possible targets of a position is 1."""
+    model = stirred(cfg, torch.float32)
+    features = model.features(some_tokens(cfg, 1, 4), True).repeat(cfg.vocab_size, 1, 1)
+    every = torch.arange(cfg.vocab_size)[:, None].expand(-1, 4)
+    total = (-model.token_nll(features, every)).exp().sum(0)
+    torch.testing.assert_close(total, torch.ones(4), atol=1e-4, rtol=0)
