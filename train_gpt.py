@@ -240,7 +240,12 @@ def checks(c: Config):
     yield (stages != [s for s in STAGES if s in stages],
            f"STAGES={c.stages}: must name some of {','.join(STAGES)}, in this order")
     yield not c.corpus, f"DATASET={c.dataset}: must begin with lower-case letters"
-    yield re.search("[^A-Za-z0-9._-]", c.name), f"RUN_ID={c.name}: letters, digits, . _ - only"
+    yield (not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", c.name),
+           f"RUN_ID={c.name}: must be letters, digits and . _ - after the first")
+    for name in BELOW_ONE:
+        yield values[name] >= 1, f"{name.upper()}={values[name]}: must be below 1"
+    yield (int(c.mlp_mult * c.model_dim) < 1,
+           f"MLP_MULT={c.mlp_mult}: leaves no hidden channel at MODEL_DIM={c.model_dim}")
     for part, whole in DIVIDES:
         yield (values[whole] % values[part], f"{part.upper()}={values[part]} does not divide "
                f"{whole.upper()}={values[whole]}")
@@ -260,6 +265,7 @@ def checks(c: Config):
 
 
 CHOICES = dict(loader=("coprime", "shuffled"), flash_attn=("auto", "off", "2", "3", "4"))
+BELOW_ONE = "beta1", "beta2", "muon_momentum", "muon_momentum_warmup_start", "ttt_momentum"
 DIVIDES = (("num_heads", "model_dim"), ("num_kv_heads", "num_heads"), ("eval_stride", "seq_len"),
            ("seq_len", "train_batch_tokens"), ("seq_len", "ttt_chunk_tokens"))
 STAGES = ("train", "quantize", "eval")
@@ -298,7 +304,8 @@ def config_from_env(env=os.environ) -> tuple[Config, list[str]]:
                 chosen[name] = parse_as(kind, text)
             except (KeyError, ValueError):
                 raise ConfigError(f"{var}={text!r}: expected {NEEDED[kind]}") from None
-        elif near := difflib.get_close_matches(name, defaults, n=1, cutoff=0.85):
+        elif near := difflib.get_close_matches(name, defaults, n=1, cutoff=0.85) or [
+                known for known in defaults if sorted(known) == sorted(name)]:
             raise ConfigError(f"{var} is not a setting; did you mean {near[0].upper()}?")
     return Config(**{**RECIPES[recipe], **chosen}), list(chosen)
 
@@ -630,6 +637,8 @@ class CoprimePlan:
             raise DataError(f"{self.names[int(short.argmax())]}: shorter than one sequence of "
                             f"SEQ_LEN={cfg.seq_len} and its target; lower it")
         self.batch, self.digest = 0, ""
+        self.key = hex_digest(cfg.seed, cfg.loader, cfg.seq_len, cfg.batch_seqs, *self.names,
+                              *self.sizes)                  # all that the order depends on
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int):
@@ -686,11 +695,14 @@ class CoprimePlan:
 
     def state_dict(self) -> dict:
         """Where the plan stands, as JSON can hold it."""
-        return dict(batch=self.batch, epoch=self.epoch, digest=self.digest,
+        return dict(key=self.key, batch=self.batch, epoch=self.epoch, digest=self.digest,
                     taken=self.taken.tolist())
 
     def load_state_dict(self, state: dict):
-        """Continue where `state` was taken."""
+        """Continue where `state` was taken; raises ArtifactError if that was in another order."""
+        if state.get("key") != self.key:
+            raise ArtifactError("the checkpoint read its data in another order; use its SEED, "
+                                "LOADER, SEQ_LEN, TRAIN_BATCH_TOKENS and shards")
         self.start_epoch(state["epoch"])
         self.batch, self.digest = state["batch"], state["digest"]
         self.taken = np.array(state["taken"])
@@ -776,6 +788,7 @@ class Batches:
         """This rank's part of the next batch, (B, T + 1) int64 on its device."""
         item = self.ready.get()
         if isinstance(item, Exception):
+            self.ready.put(item)                            # for whoever asks again
             raise item
         tokens, self.state = item
         return tokens.to(self.dist.device, non_blocking=True).long()
@@ -1371,6 +1384,8 @@ def dequantize(tensors: dict[str, Tensor], flat: Flat):
 # tensors' bytes, those of 16-bit ones as low halves and high halves, in segments packed apart.
 
 MAGIC, SEGMENT_BYTES, MAX_HEADER_BYTES = b"GOLF\x00\x01\r\n", 1 << 22, 1 << 20
+DTYPES = {str(d)[6:]: d for d in (torch.int8, torch.uint8, torch.int32, torch.int64,
+                                  torch.float16, torch.float32, torch.float64)}
 
 
 def to_bytes(tensor: Tensor, shuffle: bool) -> bytes:
@@ -1382,8 +1397,9 @@ def to_bytes(tensor: Tensor, shuffle: bool) -> bytes:
 
 def from_bytes(raw, dtype: str, shape: list[int], shuffle: bool) -> Tensor:
     """Inverse of `to_bytes`."""
-    kind = getattr(torch, dtype)
-    planes = np.frombuffer(raw, np.uint8)
+    kind, planes = DTYPES[dtype], np.frombuffer(raw, np.uint8)
+    if not len(planes):
+        return torch.empty(shape, dtype=kind)
     if shuffle:
         planes = planes.reshape(kind.itemsize, -1).T
     return torch.from_numpy(planes.flatten()).view(kind).view(shape)
@@ -1401,9 +1417,10 @@ def write_atomic(path: Path, parts):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        with suppress(OSError):
-            part.unlink()
         raise ArtifactError(f"{path}: cannot be written ({e.strerror}); see OUT_DIR") from None
+    finally:
+        with suppress(OSError):             # where it was not renamed, whatever the reason
+            part.unlink()
 
 
 def pack_tensors(kind: str, meta: dict, tensors: dict[str, Tensor], compress: bool) -> list[bytes]:
@@ -1461,7 +1478,8 @@ def parse_container(data: bytes, kind: str) -> tuple[dict, dict[str, Tensor]]:
     intact = hashlib.sha256(payload).hexdigest() == header["sha256"]
     if not intact or sum(header["segments"]) != len(payload):
         raise ValueError(f"payload of {len(payload)} bytes does not match its checksum")
-    raw, left, start = [], header["bytes"], 0
+    left = check_header(header)
+    raw, start = [], 0
     for size in header["segments"]:
         segment, limit = payload[start:start + size], min(left, SEGMENT_BYTES)
         raw.append(inflate(bytes(segment), limit) if header["compress"] else segment)
@@ -1469,11 +1487,24 @@ def parse_container(data: bytes, kind: str) -> tuple[dict, dict[str, Tensor]]:
     return header["meta"], split_tensors(b"".join(raw), header)
 
 
+def check_header(header: dict) -> int:
+    """Bytes that a header's tensors take; raises ValueError unless all of it adds up."""
+    total, names = 0, [name for name, _, _ in header["tensors"]]
+    numbers = [n for _, _, shape in header["tensors"] for n in shape] + header["segments"]
+    for _, dtype, shape in header["tensors"]:
+        total += math.prod(shape) * DTYPES[dtype].itemsize
+    sound = all(type(n) is int and n >= 0 for n in numbers) and all(type(n) is str for n in names)
+    if not sound or len(set(names)) != len(names) or header["bytes"] != total or (
+            total > SEGMENT_BYTES * len(header["segments"])):
+        raise ValueError("names, shapes and sizes in the header do not add up")
+    return total
+
+
 def split_tensors(raw: bytes, header: dict) -> dict[str, Tensor]:
-    """Tensors by name from the payload's bytes; raises ValueError if sizes do not add up."""
+    """Tensors by name from the payload's bytes; raises ValueError if there are too few."""
     tensors, at = {}, 0
     for name, dtype, shape in header["tensors"]:
-        size = math.prod(shape) * getattr(torch, dtype).itemsize
+        size = math.prod(shape) * DTYPES[dtype].itemsize
         tensors[name] = from_bytes(raw[at:at + size], dtype, shape, header["compress"])
         at += size
     if at != len(raw):
@@ -1483,11 +1514,31 @@ def split_tensors(raw: bytes, header: dict) -> dict[str, Tensor]:
 
 def check_made_for(path: Path, meta: dict, cfg: Config):
     """Raise ArtifactError unless the file at `path` was made for this run's model."""
-    theirs, ours = meta["model"], cfg.group("model")
+    theirs, ours = meta.get("model") if isinstance(meta, dict) else None, cfg.group("model")
+    if not isinstance(theirs, dict):
+        raise ArtifactError(f"{path}: does not say what model it belongs to; make it again")
     other = next((n for n in ours if theirs.get(n) != ours[n]), None)
     if other:
         raise ArtifactError(f"{path}: made with {other.upper()}={theirs.get(other)}, this run has "
                             f"{ours[other]}; use the settings that it was made with")
+
+
+def read_for_run(cfg: Config, kind: str, shapes: dict, numbers: tuple[str, ...]) -> tuple:
+    """(meta, tensors) of this run's checkpoint or artifact, sure to hold `shapes` and `numbers`.
+
+    Raises ArtifactError if the file is damaged, was made for another model, or lacks any of them.
+    """
+    path = cfg.run_dir / FILE_NAMES[kind]
+    meta, tensors = read_container(path, kind)
+    check_made_for(path, meta, cfg)
+    missing = [n for n, s in shapes.items() if n not in tensors or tensors[n].shape != s]
+    missing += [n for n in numbers if n not in meta]
+    if missing:
+        raise ArtifactError(f"{path}: {missing[0]} is missing or has another shape; make it again")
+    return meta, tensors
+
+
+FILE_NAMES = dict(checkpoint="checkpoint.golf", artifact="model.golf")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1903,7 +1954,7 @@ class Trainer:
                         seconds=seconds, loader=self.batches.state,
                         expected_steps=self.schedule.expected_steps)
             tensors = dict(weights=run.flat.data, average=self.average, **self.optimizer.memory())
-            path = run.cfg.run_dir / "checkpoint.golf"
+            path = run.cfg.run_dir / FILE_NAMES["checkpoint"]
             write_atomic(path, pack_tensors("checkpoint", meta, tensors, compress=False))
             run.log("checkpoint", file=path, step=self.step, bytes=path.stat().st_size)
 
@@ -1924,19 +1975,18 @@ class Trainer:
 # Main: the three stages of a run, and the lines that say what it was and what came out
 # ------------------------------------------------------------------------------------------------
 
-def read_checkpoint(cfg: Config) -> tuple[dict, dict[str, Tensor]]:
-    """(meta, tensors) of this run's checkpoint, made for this model."""
-    path = cfg.run_dir / "checkpoint.golf"
-    meta, tensors = read_container(path, "checkpoint")
-    check_made_for(path, meta, cfg)
-    return meta, tensors
+def read_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]]:
+    """(meta, tensors) of this run's checkpoint, complete and made for this model."""
+    shapes = {name: tuple(run.flat.data.shape) for name in ("weights", "average")}
+    numbers = "step", "seconds", "expected_steps", "loader"
+    return read_for_run(run.cfg, "checkpoint", shapes, numbers)
 
 
 def train_stage(run: Run) -> Trained:
     """Train, and leave a checkpoint."""
     cfg = run.cfg
     shards = open_shards(cfg, "train", run.clock, run.log)
-    meta, tensors = read_checkpoint(cfg) if cfg.resume else (None, None)
+    meta, tensors = read_checkpoint(run) if cfg.resume else (None, None)
     budget, expected = plan_budget(run)
     batches = Batches(cfg, shards, run.dist, meta and meta["loader"])
     trainer = Trainer(run, batches, budget, meta["expected_steps"] if meta else expected)
@@ -1955,7 +2005,7 @@ def train_stage(run: Run) -> Trained:
 
 def load_trained(run: Run) -> Trained:
     """What the training stage of an earlier run left in its checkpoint."""
-    meta, tensors = read_checkpoint(run.cfg)
+    meta, tensors = read_checkpoint(run)
     weights, average = (tensors[n].to(run.dist.device) for n in ("weights", "average"))
     return Trained(weights, average, meta["loader"], meta["seconds"], meta["step"])
 
@@ -1978,7 +2028,7 @@ def quantize_stage(run: Run, trained: Trained):
             limit_s=cfg.max_wallclock_seconds)
     run.clock.refuse_overtime()
     if dist.is_main:
-        path = cfg.run_dir / "model.golf"
+        path = cfg.run_dir / FILE_NAMES["artifact"]
         parts = fit_artifact(run, trained, hessians)
         write_atomic(path, parts)
         identical = path.read_bytes() == b"".join(parts)
@@ -2024,7 +2074,7 @@ FIRST_CLIP, LEAST_CLIP, MOST_CLIPS, CLIP_SLACK = 12.85, 4.0, 6, 20_000   # devia
 
 def log_artifact(run: Run) -> dict:
     """Log the artifact on disk and the hash that freezes it; returns its sizes."""
-    path, code = run.cfg.run_dir / "model.golf", own_source().encode()
+    path, code = run.cfg.run_dir / FILE_NAMES["artifact"], own_source().encode()
     try:
         data = path.read_bytes()
     except OSError as e:
@@ -2061,9 +2111,10 @@ def warm_up_scoring(run: Run):
 
 def eval_stage(run: Run, trained: Trained | None) -> dict:
     """Score the artifact, and the weights behind it if at hand; returns the final block."""
-    cfg, clock, path = run.cfg, run.clock, run.cfg.run_dir / "model.golf"
-    meta, tensors = read_container(path, "artifact")
-    check_made_for(path, meta, cfg)
+    cfg, clock, flat = run.cfg, run.clock, run.flat
+    coded = flat.groups["matrices"] + flat.groups["embedding"]
+    scales = {f"{n}.scale": flat.shapes[n][:1] for n in coded}
+    meta, tensors = read_for_run(cfg, "artifact", {**flat.shapes, **scales}, ("steps",))
     tokenizer = load_tokenizer(cfg)
     warm_up_scoring(run)
     clock.close_training_data(clock.train_seconds, clock.data_seconds)
@@ -2169,8 +2220,10 @@ def main() -> int:
         return 0
     except GolfError as e:
         problem = str(e)
-    except torch.OutOfMemoryError:
-        problem = "the device is out of memory; lower MICRO_BATCH_SEQS or EVAL_BATCH_SEQS"
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
+            raise
+        problem = "out of memory; lower MICRO_BATCH_SEQS, EVAL_BATCH_SEQS or the model's size"
     print(f"train_gpt: {problem}", file=sys.stderr)
     return 2
 

@@ -23,10 +23,10 @@ import torch
 import train_gpt
 from train_gpt import MAGIC, ArtifactError, pack_tensors, read_container, write_atomic
 
-DTYPES = (torch.int8, torch.float16, torch.float32, torch.int64, torch.bfloat16, torch.uint8,
-          torch.float64, torch.bool, torch.int32)
-SHAPES = ((), (1,), (7,), (0,), (3, 0, 2), (5, 3), (1, 1, 1), (2, 3, 4, 5))
+DTYPES = tuple(train_gpt.DTYPES.values())
+SHAPES = ((), (1,), (7,), (5, 3), (1, 1, 1), (2, 3, 4, 5))
 META = dict(model=dict(a=1, b="ü", c=0.1), steps=2 ** 53 + 1, none=None, nested=[[], {}, [True]])
+WRITTEN = (torch.int8, torch.float16, torch.float32, torch.int64)      # dtypes that a run writes
 BOUND = 24 << 20        # bytes of memory that reading a small file may take, however hostile
 
 
@@ -132,8 +132,8 @@ def little_memory():
 @pytest.mark.parametrize("compress", [True, False])
 def test_what_is_read_is_what_was_written(tmp_path, compress):
     """Every dtype and odd shape comes back with the same bits, and so do the meta data."""
-    tensors = {f"{d}/{s} ü\"\n": random_bits(d, s) for d in DTYPES for s in SHAPES} | {"": a_model(
-        )["q"]}
+    tensors = {f"{d}/{s} ü\"\n": random_bits(d, s) for d in DTYPES for s in SHAPES}
+    tensors[""] = random_bits(torch.int8, (4,))
     path = tmp_path / "new" / "folder" / "model.golf"
     write_atomic(path, pack_tensors("artifact", META, tensors, compress))
     meta, found = read_container(path, "artifact")
@@ -143,7 +143,17 @@ def test_what_is_read_is_what_was_written(tmp_path, compress):
 
 
 @pytest.mark.parametrize("compress", [True, False])
-@pytest.mark.parametrize("tensors", [{}, {"a": torch.zeros(0)}, {"a": torch.tensor(2.0)}])
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 2)])
+@pytest.mark.parametrize("dtype", WRITTEN)
+def test_empty_tensors_come_back(compress, dtype, shape):
+    """A tensor without elements, as the skips of a one-layer model, is read as it was written."""
+    tensors = dict(a=torch.ones(3), b=torch.zeros(shape, dtype=dtype), c=torch.ones(2))
+    assert same(read(pack(tensors, compress=compress)), tensors)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize("tensors", [{}, {"a": torch.zeros(0, dtype=torch.int8)},
+                                     {"a": torch.tensor(2.0)}])
 def test_next_to_nothing(compress, tensors):
     """A container of no tensors, or of no bytes, or of one number, is one too."""
     meta, found = read_container(Held(pack(tensors, {}, compress=compress)), "artifact")
@@ -164,7 +174,8 @@ def test_segments_are_put_together(monkeypatch, compress, size):
 def test_layout_of_strides_does_not_matter():
     """Transposed, sliced and gradient-tracking tensors are stored as the plain ones they equal."""
     base = torch.randn(6, 8)
-    odd = dict(a=base.T, b=base[::2, 1::3], c=base.clone().requires_grad_(), d=base[:1].expand(4, 8))
+    odd = dict(a=base.T, b=base[::2, 1::3], c=base.clone().requires_grad_(),
+               d=base[:1].expand(4, 8))
     plain = {n: torch.tensor(t.tolist()) for n, t in odd.items()}
     assert pack(odd) == pack(plain)
 
@@ -295,7 +306,7 @@ MUTATIONS = (
 @pytest.fixture
 def real_files(make_cfg, make_run) -> dict[str, bytes]:
     """The artifact and the checkpoint of a very small model, as the program writes them."""
-    cfg = make_cfg(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4)
+    cfg = small(make_cfg)
     run = make_run(cfg)
     batches = SimpleNamespace(state=dict(digest="00", steps=3))
     trainer = train_gpt.Trainer(run, batches, 0.0, 10)
@@ -304,7 +315,8 @@ def real_files(make_cfg, make_run) -> dict[str, bytes]:
     trainer.save(1.0)
     hessians = {n: torch.eye(s[1]) for n, s in run.flat.shapes.items() if len(s) == 2}
     tensors, _ = train_gpt.quantize_model(run, run.flat.data, hessians, 12.85)
-    return dict(artifact=pack(tensors, dict(model=cfg.group("model"))),
+    meta = dict(model=cfg.group("model"), steps=1, train_seconds=1.0, data_seconds=1.0)
+    return dict(artifact=pack(tensors, meta),
                 checkpoint=(cfg.run_dir / "checkpoint.golf").read_bytes())
 
 
@@ -456,3 +468,292 @@ def test_a_segment_that_is_a_bomb_is_refused():
     for size in (2 ** 20, 500 << 20, 10 ** 15):
         with little_memory():
             refuse(forge(header, bomb, segments=[len(bomb)], bytes=size))
+
+
+def test_many_segments_that_are_bombs_are_refused():
+    """Segments of 14 bytes that inflate to 4 MiB each are refused before memory is full."""
+    bomb, (header, _) = brotli.compress(bytes(train_gpt.SEGMENT_BYTES)), split(pack())
+    with little_memory():
+        refuse(forge(header, bomb * 32, segments=[len(bomb)] * 32, bytes=10 ** 15))
+
+
+def test_segments_that_go_back_are_refused():
+    """Negative segments cannot have a payload read over and over."""
+    data = pack(dict(a=torch.zeros(1 << 20, dtype=torch.int8)), compress=False)
+    header, payload = split(data)
+    n = len(payload)
+    with little_memory():
+        refuse(forge(header, payload, segments=[n, -n] * 64 + [n]))
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_a_total_that_is_too_large_is_refused(compress):
+    """The header says how many bytes the tensors take, and a wrong number is refused."""
+    header, payload = split(pack(compress=compress))
+    refuse(forge(header, payload, bytes=header["bytes"] + 1))
+
+
+@pytest.mark.parametrize("lie", [
+    (None, "int8", [5, 7]), (5, "int8", [5, 7]), ("w", "int8", [5, 7]), ("q", "quint8", [5, 7]),
+    ("q", "bits8", [5, 7]), ("q", "quint4x2", [5, 7]), ("q", "int8", [5, 7, True])], ids=repr)
+def test_names_and_dtypes_that_no_run_writes_are_refused(lie):
+    """A name that is no text or is there twice, a dtype that cannot be computed with."""
+    header, payload = split(pack())
+    refuse(forge(header, payload, tensors=[lie if name == "q" else [name, *rest] for name, *rest
+                                           in header["tensors"]]))
+
+
+def twist(rng, value):
+    """A copy of a JSON value with one part of it, somewhere, changed, lost or repeated."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
+        return ODD[rng.integers(len(ODD))]
+    key = list(value)[rng.integers(len(value))] if isinstance(value, dict) else int(
+        rng.integers(len(value)))
+    value = value.copy()
+    if rng.random() < 0.1:
+        del value[key]
+    elif isinstance(value, list) and rng.random() < 0.2:
+        value.insert(key, value[rng.integers(len(value))])
+    else:
+        value[key] = twist(rng, value[key])
+    return value
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_a_thousand_lies(monkeypatch, compress):
+    """A header or payload with anything changed is refused, or read as tensors: never a crash."""
+    monkeypatch.setattr(train_gpt, "SEGMENT_BYTES", 64)
+    rng, outcomes = np.random.default_rng(1), {True: 0, False: 0}
+    honest, payload = split(pack(compress=compress))
+    with little_memory():
+        for n in range(1500):
+            header, body, i = honest, payload, int(rng.integers(len(payload)))
+            if n % 3:
+                header = twist(rng, honest)
+            else:
+                body = payload[:i] + rng.bytes(3) + payload[i + 3:]
+            try:
+                found = read(forge(header, body))
+                assert all(isinstance(t, torch.Tensor) for t in found.values())
+                outcomes[True] += 1
+            except ArtifactError:
+                outcomes[False] += 1
+    assert outcomes[True] > 20 and outcomes[False] > 500
+
+
+# ------------------------------------------------------------------------------------------------
+# The right model
+# ------------------------------------------------------------------------------------------------
+
+OTHER = dict(
+    vocab_size=352, num_layers=4, model_dim=128, num_heads=2, num_kv_heads=4, mlp_mult=3.0,
+    rope_dims=4, rope_base=100.0, qk_gain_init=1.0, xsa_last_n=1, logit_softcap=20.0,
+    tied_embed_init_std=0.01, num_loops=2, loop_start=0, loop_end=2, parallel_residual_start=0,
+    skip_gates_enabled=False)
+
+
+def test_every_setting_of_the_model_has_another_value(cfg):
+    """The values tried below are those of all settings of the model, and each is another one."""
+    ours = cfg.group("model")
+    assert ours.keys() == OTHER.keys() and all(ours[n] != OTHER[n] for n in ours)
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_another_model_is_refused_by_the_name_of_its_setting(make_cfg, field):
+    """A file made with one other setting of the model is refused: which, theirs and ours."""
+    made, ours = {**make_cfg().group("model"), field: OTHER[field]}, make_cfg()
+    meta = json.loads(json.dumps(dict(model=made)))
+    with pytest.raises(ArtifactError) as caught:
+        train_gpt.check_made_for(Path("a/model.golf"), meta, ours)
+    assert str(caught.value).startswith("a/model.golf: ")
+    assert f"made with {field.upper()}={OTHER[field]}, " in str(caught.value)
+    assert f"this run has {getattr(ours, field)};" in str(caught.value)
+
+
+def test_the_same_model_is_accepted_whatever_else_differs(make_cfg):
+    """Settings of training, quantization and scoring may differ; a setting of old may be gone."""
+    meta = json.loads(json.dumps(dict(model={**make_cfg().group("model"), "gone": 1})))
+    train_gpt.check_made_for(Path("x"), meta, make_cfg(matrix_lr=0.5, seed=3, ttt_lr=0.1,
+                                                       matrix_bits=5, iterations=9))
+
+
+def test_a_file_that_lacks_a_setting_is_refused(cfg):
+    """A file from before a setting existed is refused by the name of that setting."""
+    meta = dict(model={n: v for n, v in cfg.group("model").items() if n != "rope_base"})
+    with pytest.raises(ArtifactError, match="made with ROPE_BASE=None"):
+        train_gpt.check_made_for(Path("x"), meta, cfg)
+
+
+@pytest.mark.parametrize("meta", [{}, [], None, dict(model=None), dict(model=[])], ids=repr)
+def test_meta_data_without_a_model_are_refused(cfg, meta):
+    """Meta data that do not say what model they belong to are no reason to crash."""
+    with pytest.raises(ArtifactError):
+        train_gpt.check_made_for(Path("x"), meta, cfg)
+
+
+def small(make_cfg):
+    """Settings of a model so small that a test can afford a run of it."""
+    return make_cfg(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4)
+
+
+def spoil(data: bytes, kind: str, how: str) -> bytes:
+    """A container with one tensor or one number of its meta data lost, or of another shape."""
+    meta, tensors = train_gpt.parse_container(data, kind)
+    name = dict(artifact="layers.0.mlp.fc.weight", checkpoint="average")[kind]
+    if how == "no number":
+        del meta["steps" if kind == "artifact" else "seconds"]
+    elif how == "no tensor":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:-1]
+    return pack(tensors, meta, kind)
+
+
+def use(run, kind: str, data: bytes):
+    """Have the stage that reads a file of this kind read `data` and take its weights over."""
+    name = dict(artifact="model.golf", checkpoint="checkpoint.golf")[kind]
+    write(run.cfg.run_dir / name, data)
+    if kind == "artifact":
+        train_gpt.eval_stage(run, None)
+    else:
+        run.flat.data.copy_(train_gpt.load_trained(run).average)
+
+
+@pytest.mark.parametrize("kind", ["artifact", "checkpoint"])
+def test_contents_that_fit_the_model_are_used(make_cfg, make_run, real_files, kind):
+    """The same stages read the same files, taken apart and packed again, without complaint."""
+    run = make_run(small(make_cfg))
+    use(run, kind, pack(*reversed(train_gpt.parse_container(real_files[kind], kind)), kind))
+
+
+@pytest.mark.parametrize("how", ["no tensor", "other shape", "no number"])
+@pytest.mark.parametrize("kind", ["artifact", "checkpoint"])
+def test_contents_that_do_not_fit_the_model_are_refused(make_cfg, make_run, real_files, kind, how):
+    """A stage that reads a sound file of the wrong tensors or numbers says so, without a crash."""
+    run = make_run(small(make_cfg))
+    with pytest.raises(ArtifactError):
+        use(run, kind, spoil(real_files[kind], kind, how))
+
+
+# ------------------------------------------------------------------------------------------------
+# Half files
+# ------------------------------------------------------------------------------------------------
+
+@contextmanager
+def small_files_only(size: int):
+    """Let no file grow beyond `size` bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def ordinary_user():
+    """A folder of a user whom its permissions bind, which they do not bind root."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+            os.chmod(folder, 0o700)
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def unwritten(path: Path, parts) -> str:
+    """The message of a write that fails."""
+    with pytest.raises(ArtifactError) as caught:
+        write_atomic(path, parts)
+    assert str(caught.value).startswith(f"{path}: cannot be written (")
+    assert str(caught.value).endswith("see OUT_DIR")
+    return str(caught.value)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_writing_replaces_the_old_file(tmp_path):
+    """The parts of a file end up in it, one after the other, and nothing is left beside it."""
+    for parts in ([b"old"], [b"n", b"", b"e" * 100_000, memoryview(b"w")], []):
+        write_atomic(tmp_path / "x", parts)
+        assert content(tmp_path) == {"x": b"".join(parts)}
+
+
+@pytest.mark.parametrize("old", [{}, {"x": b"old"}])
+@pytest.mark.parametrize("size", [0, 1, 1000, 99_999])
+def test_a_full_disk_leaves_the_old_file(tmp_path, old, size):
+    """However much of it fits, a file that cannot be written whole leaves the folder as it was."""
+    for name, data in old.items():
+        write(tmp_path / name, data)
+    with small_files_only(size):
+        told = unwritten(tmp_path / "x", [b"x" * 50_000, b"y" * 50_000])
+    assert os.strerror(errno.EFBIG) in told and content(tmp_path) == old
+
+
+@pytest.mark.parametrize("old", [{}, {"x": b"old"}])
+def test_a_read_only_folder_is_told(old):
+    """Without permission to write nothing is written, and the reason is in the message."""
+    with ordinary_user() as folder:
+        for name, data in old.items():
+            write(folder / name, data)
+        folder.chmod(0o500)
+        assert os.strerror(errno.EACCES) in unwritten(folder / "x", [b"new"])
+        assert os.strerror(errno.EACCES) in unwritten(folder / "deeper" / "x", [b"new"])
+        assert content(folder) == old
+
+
+def test_paths_that_cannot_be_files_are_told(tmp_path):
+    """A file where a folder is needed, and a folder where the file should be."""
+    write(tmp_path / "file", b"kept")
+    (tmp_path / "folder").mkdir()
+    unwritten(tmp_path / "file" / "x", [b"new"])
+    unwritten(tmp_path / "folder", [b"new"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+    assert (tmp_path / "file").read_bytes() == b"kept" and not content(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_late_leaves_the_old_file(tmp_path, monkeypatch, call):
+    """Where the disk refuses only at the end, the folder is as it was before."""
+    def fail(*_):
+        """The disk gives up."""
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    write(tmp_path / "x", b"old")
+    monkeypatch.setattr(os, call, fail)
+    assert os.strerror(errno.EIO) in unwritten(tmp_path / "x", [b"new"])
+    assert content(tmp_path) == {"x": b"old"}
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, MemoryError, ValueError])
+def test_an_interrupted_write_leaves_nothing(tmp_path, problem):
+    """Ctrl-C, or no memory for the next part: the old file stays, and no part file beside it."""
+    def parts():
+        """One part, and no second one."""
+        yield b"new"
+        raise problem
+    write(tmp_path / "x", b"old")
+    with pytest.raises(problem):
+        write_atomic(tmp_path / "x", parts())
+    assert content(tmp_path) == {"x": b"old"}
+
+
+def test_the_file_appears_whole(tmp_path, monkeypatch):
+    """At the moment it gets its name the data are complete and were handed to the disk."""
+    seen, (sync, move) = [], (os.fsync, os.replace)
+    monkeypatch.setattr(os, "fsync", lambda f: seen.append(os.fstat(f).st_size) or sync(f))
+
+    def watched(part, path):
+        """Look at both files, then rename one."""
+        seen.append((Path(part).read_bytes(), Path(path).read_bytes()))
+        move(part, path)
+    monkeypatch.setattr(os, "replace", watched)
+    write(tmp_path / "x", b"old")
+    write_atomic(tmp_path / "x", [b"new", b"er"])
+    assert seen == [5, (b"newer", b"old")] and content(tmp_path) == {"x": b"newer"}

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import train_gpt
-from test_eval import in_ranks, stirred
 from train_gpt import QuantError, SizeError
 
 FINE = (6, 12.85)               # bits, largest code in row deviations: no weight is near the limit
@@ -20,6 +19,21 @@ COARSE = (3, 2.0)               # codes -3..3, so that several weights are at th
 # ------------------------------------------------------------------------------------------------
 # Helpers
 # ------------------------------------------------------------------------------------------------
+
+def stirred(run, seed: int = 0) -> train_gpt.Run:
+    """The same run with weights that make every part of the model matter."""
+    rng = torch.Generator().manual_seed(seed)
+    run.flat.data.mul_(0.5).add_(0.08 * torch.randn(len(run.flat.data), generator=rng))
+    return run
+
+
+def ranked(rank: int, world: int) -> train_gpt.Dist:
+    """Rank `rank` of `world`, whose sums over ranks are left to the test."""
+    dist = train_gpt.Dist({})
+    dist.rank, dist.world, dist.sum_, dist.summed = rank, world, lambda x: dist.summed.append(x), []
+    dist.max, dist.wait = lambda value: value, lambda: None
+    return dist
+
 
 def gram(N: int, I: int, rank: int | None = None, seed: int = 0) -> torch.Tensor:
     """Sums of x x^T (N, I, I) over correlated inputs of very different power."""
@@ -80,7 +94,7 @@ def weighted_error(W, Q, scale, H) -> torch.Tensor:
 @pytest.mark.parametrize("block", [1, 2, 5, 24, 128])
 @pytest.mark.parametrize("grid", [FINE, COARSE])
 def test_any_block_size_is_the_plain_column_loop(make_cfg, block, grid):
-    """Codes are those of optimal brain quantization done one column at a time, whatever the block."""
+    """Codes are those of optimal brain quantization, one column at a time, at any block size."""
     W, H = weights(3, 6, 24), gram(3, 24)
     Q, scale = quantize(make_cfg(gptq_block_size=block), W, H, grid)
     want = [slow_codes(w, h, s.float(), grid[0], 0.01) for w, h, s in zip(W, H, scale)]
@@ -119,6 +133,14 @@ def test_arguments_are_untouched(cfg):
     kept = W.clone(), H.clone()
     quantize(cfg, W, H)
     assert torch.equal(W, kept[0]) and torch.equal(H, kept[1])
+
+
+def test_the_column_loop_works_on_a_copy():
+    """gptq leaves the weights, factor and scale that it is given as they were."""
+    given = weights(2, 6, 24), torch.eye(24).triu().repeat(2, 1, 1) + 0.1, torch.full((2, 6), 0.1)
+    kept = [x.clone() for x in given]
+    train_gpt.gptq(*given, 31, 8)
+    assert all(map(torch.equal, given, kept))
 
 
 def test_dead_inputs_get_code_zero_and_leave_the_others_alone(cfg):
@@ -191,7 +213,8 @@ def test_reverse_cholesky_factor(damping, quiet):
     U = train_gpt.inverse_factor(H, damping, "a stack", quiet)
     damped = H + damping * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(32)
     assert torch.equal(U, U.triu()) and not quiet.events
-    torch.testing.assert_close(U.mT @ U @ damped, torch.eye(32).expand(3, 32, 32), atol=1e-3, rtol=0)
+    want = torch.eye(32).expand(3, 32, 32)
+    torch.testing.assert_close(U.mT @ U @ damped, want, atol=1e-3, rtol=0)
 
 
 def test_rank_deficient_inputs_need_no_more_than_the_usual_damping(quiet):
@@ -213,7 +236,7 @@ def test_damping_is_raised_tenfold_and_logged(make_cfg, quiet, least, tries):
 
 @pytest.mark.parametrize("H", [bent(24, -3.0), torch.full((1, 24, 24), math.nan)])
 def test_a_hopeless_hessian_is_an_error(cfg, quiet, H):
-    """After a hundredfold damping comes QuantError with name, pivot and remedy: no other quantizer."""
+    """After a hundredfold damping comes QuantError with name, pivot and remedy, nothing else."""
     with pytest.raises(QuantError, match=r"a stack: .* of 24.*raise GPTQ_DAMPING \(now 0.01\)"):
         quantize(cfg, weights(1, 6, 24), H, log=quiet)
     assert [e["damping"] for e in quiet.of("damping")] == pytest.approx([0.01, 0.1, 1.0])
@@ -296,12 +319,15 @@ def test_micro_batches_do_not_change_hessians(make_cfg, make_run, micro):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_sum_to_one_rank(cfg, make_run, world):
-    """However many ranks read the batches, each holds the same sums as one that reads them all."""
-    alone = hessians_of(stirred(make_run(cfg)), 2)
-    shared = in_ranks(world, lambda dist: hessians_of(stirred(make_run(cfg, dist)), 2))
+    """Each rank hands every Hessian in once to be summed, and the sums are those of one rank."""
+    alone, total = hessians_of(stirred(make_run(cfg)), 2), {}
+    for rank in range(world):
+        dist = ranked(rank, world)
+        mine = hessians_of(stirred(make_run(cfg, dist)), 2)
+        assert sorted(map(id, dist.summed)) == sorted({id(H) for H in mine.values()})
+        total = {name: H + total.get(name, 0) for name, H in mine.items()}
     for name, want in alone.items():
-        assert all(torch.equal(ours[name], shared[0][name]) for ours in shared)
-        torch.testing.assert_close(shared[0][name], want, rtol=1e-4, atol=1e-3, msg=name)
+        torch.testing.assert_close(total[name], want, rtol=1e-4, atol=1e-3, msg=name)
 
 
 def test_calibration_ends_in_time(cfg, make_run, quiet):

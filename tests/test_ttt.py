@@ -1,25 +1,95 @@
-"""train_gpt.py, Test-time training: score first, learn after, and the same on any number of ranks.
+"""train_gpt.py, Test-time training: score first, learn after, the same on any number of ranks.
 
 Run alone: python -m pytest -q tests/test_ttt.py
 """
 import math
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
 import train_gpt
-from test_eval import in_ranks, stirred, stream
 from train_gpt import Scorer, Tally, Validation, eval_chunks
 
 SHORT = dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, seq_len=8, eval_stride=2,
              eval_batch_seqs=4, train_batch_tokens=64, ttt_chunk_tokens=16, ttt_epochs=2,
              ttt_lr=0.5, parallel_residual_start=1)
 N = 44 // 8 * 8                 # targets of a short stream: two chunks and a half
+PATIENCE = 20.0                 # seconds that a rank waits for the others before a test fails
 
 
 # ------------------------------------------------------------------------------------------------
 # Helpers
 # ------------------------------------------------------------------------------------------------
+
+class Rank(train_gpt.Dist):
+    """One of several ranks that are threads of this process; counts its collectives by name."""
+
+    def __init__(self, rank: int, world: int, meet: threading.Barrier, board: list):
+        """Rank `rank` of `world`; all share `board`, on which each hands in a tensor."""
+        super().__init__({})
+        self.rank, self.world, self.is_main = rank, world, rank == 0
+        self.meet, self.board, self.calls = meet, board, Counter()
+
+    def swap(self, name: str, x: torch.Tensor) -> list[torch.Tensor]:
+        """Hand in a copy of `x` and return those of all ranks; fails if the others do not come."""
+        self.calls[name] += 1
+        self.board[self.rank] = name, x.clone()
+        self.meet.wait(PATIENCE)
+        names, parts = zip(*self.board)
+        self.meet.wait(PATIENCE)
+        assert set(names) == {name}, f"ranks meet in different collectives: {names}"
+        return list(parts)
+
+    def sum_(self, x):
+        """Replace `x` by its sum over ranks."""
+        return x.copy_(sum(self.swap("sum_", x)))
+
+    def max(self, value):
+        """Largest `value` of any rank."""
+        return max(self.swap("max", torch.tensor(value, dtype=torch.float64))).item()
+
+    def wait(self):
+        """Return when every rank has come here."""
+        self.swap("wait", torch.zeros(1))
+
+
+def in_ranks(world: int, work) -> list:
+    """What `work(dist)` returns on each of `world` ranks, run side by side in threads."""
+    meet, board = threading.Barrier(world), [None] * world
+
+    def one(rank: int):
+        """Do the work of a rank; its failure ends the waiting of the others."""
+        try:
+            return work(Rank(rank, world, meet, board))
+        except BaseException:
+            meet.abort()
+            raise
+    with ThreadPoolExecutor(world) as pool:
+        tasks = [pool.submit(one, rank) for rank in range(world)]
+    errors = [t.exception() for t in tasks if t.exception()]
+    errors.sort(key=lambda e: isinstance(e, threading.BrokenBarrierError))
+    if errors:
+        raise errors[0]
+    return [t.result() for t in tasks]
+
+
+def stirred(run, seed: int = 0) -> train_gpt.Run:
+    """The same run with weights that make every part of the model matter."""
+    rng = torch.Generator().manual_seed(seed)
+    run.flat.data.mul_(0.5).add_(0.08 * torch.randn(len(run.flat.data), generator=rng))
+    return run
+
+
+def stream(cfg, n: int, seed: int = 0) -> Validation:
+    """A random stream of n targets, each of 0 to 9 bytes."""
+    rng = np.random.default_rng(seed)
+    tokens = torch.from_numpy(rng.integers(cfg.vocab_size, size=n + 1).astype(np.int32))
+    return Validation(tokens, torch.from_numpy(rng.integers(10, size=n).astype(np.int16)))
+
 
 @pytest.fixture
 def recorded(monkeypatch) -> dict[int, float]:
@@ -214,8 +284,9 @@ def test_a_chunk_is_learnt_whole_and_alone(make_cfg, make_run, monkeypatch):
 
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_uneven_shares_learn_the_same(make_cfg, make_run, world):
-    """Chunks of two sequences on up to five ranks: as many collectives on each, one rank's weights."""
-    cfg = make_cfg(**{**SHORT, "train_batch_tokens": 8 * 30, "ttt_lr": 0.05})
+    """Two sequences on up to five ranks: as many collectives on each, and one rank's weights."""
+    cfg = make_cfg(**{**SHORT, "train_batch_tokens": 8 * 30, "ttt_lr": 0.05,
+                      "ttt_grad_clip": 100.0})        # clipping would hide a wrong scale
     data = stream(cfg, 7 * 8)
 
     def work(dist):
