@@ -349,6 +349,8 @@ class Dist:
         if self.on_cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
+            # What AdamW would import later keeps gloo's threads alive and may abort the exit.
+            from torch import _dynamo
             torch.distributed.init_process_group("nccl" if self.on_cuda else "gloo")
         self.is_main = self.rank == 0
 
@@ -431,7 +433,7 @@ class Log:
         """Open the run's log on rank 0; a run that starts with training starts a new log."""
         self.file = None
         if dist.is_main:
-            path = Path(cfg.out_dir) / "logs" / f"{cfg.name}.txt"
+            self.path = path = Path(cfg.out_dir) / "logs" / f"{cfg.name}.txt"
             fresh = "train" in cfg.stages and not cfg.resume
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -446,8 +448,12 @@ class Log:
     def line(self, text: str):
         """Write one raw line."""
         if self.file:
-            print(text, flush=True)
-            print(text, file=self.file, flush=True)
+            try:
+                print(text, flush=True)
+                print(text, file=self.file, flush=True)
+            except OSError as e:
+                self.file = None                            # full disk, or nobody reads the console
+                raise ConfigError(f"{self.path} or the console: {e.strerror}") from None
 
 
 def show(key: str, value) -> str:
@@ -703,9 +709,14 @@ class CoprimePlan:
         if state.get("key") != self.key:
             raise ArtifactError("the checkpoint read its data in another order; use its SEED, "
                                 "LOADER, SEQ_LEN, TRAIN_BATCH_TOKENS and shards")
+        taken = state["taken"] if type(state.get("taken")) is list else [None]
+        place = [state.get("batch"), state.get("epoch"), *taken]
+        if not all(type(n) is int and 0 <= n < 1 << 40 for n in place):
+            raise ArtifactError("the checkpoint does not say where its data ended; train again")
         self.start_epoch(state["epoch"])
-        self.batch, self.digest = state["batch"], state["digest"]
-        self.taken = np.array(state["taken"])
+        if len(taken) != len(self.taken) or max(taken) > self.blocks.sum():
+            raise ArtifactError("the checkpoint is beyond the end of the data; train again")
+        self.batch, self.digest, self.taken = state["batch"], state.get("digest"), np.array(taken)
 
 
 def interleave(rng, buckets: list[np.ndarray]) -> np.ndarray:
@@ -1459,7 +1470,7 @@ def read_container(path: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
     except OSError as e:
         raise ArtifactError(f"{path}: cannot be read ({e.strerror}); run its stage first") from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as e:
-        raise ArtifactError(f"{path}: damaged or not a {kind} ({e}); make it again") from None
+        raise ArtifactError(f"{path}: damaged or no {kind} ({e}); make it again") from None
 
 
 def parse_container(data: bytes, kind: str) -> tuple[dict, dict[str, Tensor]]:
@@ -1484,6 +1495,8 @@ def parse_container(data: bytes, kind: str) -> tuple[dict, dict[str, Tensor]]:
         segment, limit = payload[start:start + size], min(left, SEGMENT_BYTES)
         raw.append(inflate(bytes(segment), limit) if header["compress"] else segment)
         left, start = left - len(raw[-1]), start + size
+    if left:
+        raise ValueError(f"{left} bytes of the payload are missing")
     return header["meta"], split_tensors(b"".join(raw), header)
 
 
@@ -1532,7 +1545,7 @@ def read_for_run(cfg: Config, kind: str, shapes: dict, numbers: tuple[str, ...])
     meta, tensors = read_container(path, kind)
     check_made_for(path, meta, cfg)
     missing = [n for n, s in shapes.items() if n not in tensors or tensors[n].shape != s]
-    missing += [n for n in numbers if n not in meta]
+    missing += [n for n in numbers if type(meta.get(n)) not in (int, float)]
     if missing:
         raise ArtifactError(f"{path}: {missing[0]} is missing or has another shape; make it again")
     return meta, tensors
@@ -1977,9 +1990,16 @@ class Trainer:
 
 def read_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]]:
     """(meta, tensors) of this run's checkpoint, complete and made for this model."""
-    shapes = {name: tuple(run.flat.data.shape) for name in ("weights", "average")}
-    numbers = "step", "seconds", "expected_steps", "loader"
-    return read_for_run(run.cfg, "checkpoint", shapes, numbers)
+    flat, sizes = run.flat, {"weights": len(run.flat.data), "average": len(run.flat.data)}
+    sizes["momentum"] = len(flat.part(flat.data, "matrices"))
+    for i, group in enumerate(("embedding", "vectors")):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            sizes[f"{moment}.{i}"] = len(flat.part(flat.data, group))
+    shapes = {name: (size,) for name, size in sizes.items()} | {"step.0": (), "step.1": ()}
+    found = read_for_run(run.cfg, "checkpoint", shapes, ("step", "seconds", "expected_steps"))
+    if type(found[0].get("loader")) is not dict:
+        raise ArtifactError(f"{run.cfg.run_dir}: the checkpoint lacks its place in the data")
+    return found
 
 
 def train_stage(run: Run) -> Trained:
@@ -2060,7 +2080,7 @@ def fit_artifact(run: Run, trained: Trained, hessians: dict[str, Tensor]) -> lis
         spare = limit - size - code
         if cfg.matrix_clip_sigmas or 0 <= spare <= CLIP_SLACK or (clip == LEAST_CLIP and spare > 0):
             break
-        clip = max(LEAST_CLIP, clip * 2 ** (8 * (CLIP_SLACK / 4 - spare) / N))
+        clip = max(LEAST_CLIP, clip * 2 ** min(8 * (CLIP_SLACK / 4 - spare) / N, 8))
     if spare < 0:
         raise SizeError(f"model {size} + code {code} = {size + code} bytes, more than TARGET_BYTES="
                         f"{limit}; raise MATRIX_CLIP_SIGMAS (0 searches) or shrink the model")

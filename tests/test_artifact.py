@@ -263,7 +263,7 @@ def test_appended_bytes_are_seen(compress, more):
                                   MAGIC + b"\0" * 36, b"not a model\n" * 9])
 def test_other_files_are_refused(data):
     """Files of other programs, and beginnings of ours, are no containers."""
-    assert "damaged or not a artifact" in refuse(data)
+    assert "damaged or no artifact" in refuse(data)
 
 
 def test_a_pickle_is_refused_and_never_run(tmp_path):

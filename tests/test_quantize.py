@@ -434,3 +434,60 @@ def test_too_large_is_an_error_with_both_numbers(trained, quiet, clip):
     assert told[0] + told[1] == told[2] == quiet.of("compress")[-1]["total_bytes"] > 11_000
     assert told[1] == 1000 and "TARGET_BYTES=11000" in str(caught.value)
     assert not quiet.of("matrix")
+
+
+# ------------------------------------------------------------------------------------------------
+# What mutations of train_gpt.py showed to be unclaimed
+# ------------------------------------------------------------------------------------------------
+
+def test_gptq_itself_leaves_the_weights_alone():
+    """Errors are folded into a copy, also where the caller hands in its only one."""
+    W, U = weights(2, 6, 24), torch.randn(2, 24, 24).triu() + 5 * torch.eye(24)
+    kept = W.clone()
+    train_gpt.gptq(W, U, torch.full((2, 6), 0.1), 31, 5)
+    assert torch.equal(W, kept)
+
+
+@pytest.mark.parametrize("slower, seconds, used", [(0, 0.0, 4), (0, 41.0, 4), (0, 39.0, 3),
+                                                   (0, 21.0, 2), (0, 19.0, 1), (25, 41.0, 1)])
+def test_no_batch_is_begun_that_would_end_late(cfg, make_run, quiet, monkeypatch, slower, seconds,
+                                               used):
+    """At 10 s a batch, or what the slowest rank takes, the last one still ends in time."""
+    run, ticks = make_run(cfg), SimpleNamespace(now=0.0, read=0)
+    rows = read_batches(run, 1)[0]
+
+    def next_batch():
+        """A batch that takes ten seconds."""
+        ticks.now, ticks.read = ticks.now + 10.0, ticks.read + 1
+        return rows
+    run.dist.max = lambda spent: spent + slower
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: ticks.now)
+    train_gpt.collect_hessians(run, SimpleNamespace(next=next_batch), 4, seconds)
+    assert ticks.read == used and len(quiet.of("hessians_cut")) == (used < 4)
+
+
+@pytest.mark.parametrize("bits", [3, 6, 8])
+def test_matrix_bits_are_those_asked_for(trained, bits):
+    """MATRIX_BITS bounds the codes of matrices, and of nothing else."""
+    cfg = train_gpt.Config(**{**vars(trained.run.cfg), "matrix_bits": bits})
+    tensors, rows = train_gpt.quantize_model(trained.run._replace(cfg=cfg), trained.result.average,
+                                             trained.hessians, 2.0)
+    for row in rows:
+        want = 8 if row["name"] == "tok_emb" else bits
+        assert row["bits"] == want and tensors[row["name"]].abs().max() <= 2 ** (want - 1) - 1
+    assert max(int(tensors[r["name"]].abs().max()) for r in rows[:-1]) == 2 ** (bits - 1) - 1
+
+
+def test_every_matrix_has_its_own_codes(trained):
+    """The codes under a name are those of the matrix of that name: rounding costs little."""
+    _, rows = train_gpt.quantize_model(trained.run, trained.result.average, trained.hessians, 6.0)
+    assert max(row["mse"] for row in rows) < 0.1
+
+
+def test_the_average_is_what_is_quantized(trained):
+    """The artifact holds the weight average, not the weights of the last step."""
+    want = fit(trained)
+    trained.result.weights.normal_()
+    assert fit(trained) == want
+    trained.result.average.add_(0.1 * torch.randn(len(trained.result.average)))
+    assert fit(trained) != want
