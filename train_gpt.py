@@ -321,7 +321,7 @@ def print_help():
     for f in fields(Config):
         if f.name in GROUPS:
             print(f"\n{GROUPS[f.name]}")
-        print(f"  {f.name.upper()}={f.default!s:<22} {meanings.get(f.name, '')}")
+        print(f"  {f.name.upper() + '=' + str(f.default):<36} {meanings.get(f.name, '')}")
 
 
 def own_source() -> str:
@@ -1943,11 +1943,12 @@ class Trainer:
     def log_step(self, n: int):
         """Log step n, with the pace since the last logged one; check that ranks share one plan."""
         cfg, (step, second) = self.run.cfg, self.logged
-        pace = max(self.seconds - second, 1e-9) / max(n - step, 1)      # of n = 1: its launch only
+        pace = (self.seconds - second) / (n - step) if n > max(step, 1) else 0.0    # 0: unknown
         self.run.dist.check_same("the order of training data", self.batches.state["digest"] or "0")
         self.run.log("step", n=f"{n}/{cfg.iterations}", train_loss=self.loss,
                      lr_scale=self.schedule.lr_scale(self.frac()), step_ms=1000 * pace,
-                     tokens_per_s=round(cfg.train_batch_tokens / pace), elapsed_s=self.seconds)
+                     tokens_per_s=round(cfg.train_batch_tokens / pace) if pace > 0 else 0,
+                     elapsed_s=self.seconds)
         self.logged = n, self.seconds
 
     def save_if_due(self):
