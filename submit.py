@@ -54,7 +54,7 @@ def require(holds: object, otherwise: str) -> None:
 
 PAIR = re.compile(r'(\*?\w+)=("(?:[^"\\]|\\.)*"|[^\s"]+)')
 LINE = re.compile(rf"(\w+)((?: {PAIR.pattern})+)")
-RESULT = re.compile(r"(\w+): +(\S+)")
+RESULT = re.compile(r"([\w-]+): +(\S+)")
 NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
 LARGEST = 1e15              # no figure of a run comes near; beyond it a line is damaged
 

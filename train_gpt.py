@@ -333,6 +333,10 @@ def own_source() -> str:
 # Ranks and logging: the only code that knows of other processes, devices, clocks and log files
 # ------------------------------------------------------------------------------------------------
 
+# One rank and many are one code path: nothing outside this section asks how many there are, but for
+# slicing work.  The log is the proof of a run, so everything a reviewer needs is in it: settings,
+# hashes of code, data order and artifact, and the order in which text was scored and learnt from.
+
 class Dist:
     """This process among `world` equal ones; every method is the identity where there is one.
 
@@ -341,7 +345,9 @@ class Dist:
 
     def __init__(self, env=os.environ):
         """Join the process group that torchrun describes in `env`, on this rank's device."""
-        self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        self.rank, self.world = (
+            int(env.get("RANK", 0)),
+            int(env.get("WORLD_SIZE", 1)))
         self.on_cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", int(env.get("LOCAL_RANK", 0))) if self.on_cuda else \
             torch.device("cpu")
@@ -409,7 +415,8 @@ class Late:
     def swap(self, values: Tensor) -> list[float] | None:
         """Take `values` (a small tensor, copied) and return those of the call before, or None."""
         before = self.flush()
-        host = torch.empty(values.shape, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
+        host = torch.empty(values.shape, pin_memory=values.is_cuda).copy_(
+            values, non_blocking=True)
         done = torch.cuda.Event() if values.is_cuda else None
         if done:
             done.record()
@@ -511,6 +518,8 @@ class Clock:
 # Tokens: shards on disk, the validation stream, and how many bytes of text each token stands for
 # ------------------------------------------------------------------------------------------------
 # A shard is 256 little-endian int32 (magic, version, count, zeros) and `count` uint16 token ids.
+# Documents begin with BOS, follow each other without a gap, and may go on in the next shard.  Bits
+# per byte make tokenizers comparable: nats of all targets over the bytes of text they stand for.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
@@ -606,11 +615,15 @@ def target_bytes(tokens: np.ndarray, tokenizer) -> np.ndarray:
     """
     ids = range(tokenizer.vocab_size())
     pieces = [tokenizer.id_to_piece(i) for i in ids]
-    silent = np.array([tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
-                       for i in ids])                                                   # (V,)
+    # Control pieces such as BOS stand for no text: they count no byte, and a word right after one
+    # does not pay for the space that its piece begins with.
+    silent = np.array([
+        tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+        for i in ids])                                                                  # (V,)
     spaced = np.array([p.startswith(MARK) for p in pieces]) & ~silent                   # (V,)
-    size = np.array([1 if tokenizer.is_byte(i) else len(p.removeprefix(MARK).encode())
-                     for i, p in zip(ids, pieces)]) * ~silent                           # (V,)
+    size = np.array([
+        1 if tokenizer.is_byte(i) else len(p.removeprefix(MARK).encode())
+        for i, p in zip(ids, pieces)]) * ~silent                                        # (V,)
     before, target = tokens[:-1], tokens[1:]
     return (size[target] + (spaced[target] & ~silent[before])).astype(np.int16)         # (n,)
 
@@ -620,6 +633,8 @@ def target_bytes(tokens: np.ndarray, tokenizer) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------
 # A walk of parameter-golf #726/#1060 made a pure function of (seed, shard names, batch index, batch
 # size): no path, rank, world size or micro-batch enters it, and every block is used once an epoch.
+# Every rank computes the whole plan, which is cheap, and reads every world-th window of it; a
+# digest of all windows so far is compared across ranks and stands in the log.
 
 def generator(*key) -> np.random.Generator:
     """Random numbers that depend on `key` alone, the same on every machine."""
@@ -671,12 +686,18 @@ class CoprimePlan:
     def draw(self, rng, left: np.ndarray, need: int) -> np.ndarray:
         """How many blocks to take from each shard, (S,), at most what is `left` there."""
         p = 1.0 if self.epoch else self.taken.sum() / self.blocks.sum()
-        weight = left ** (self.ALPHA[0] + p * (self.ALPHA[1] - self.ALPHA[0]))
-        mixed = min(round(self.SPREAD[0] + p * (self.SPREAD[1] - self.SPREAD[0])),
-                    np.count_nonzero(left), need)
+        # Early on, few shards and weights near proportional to what they have left; late, many
+        # shards and flatter weights.  Progress is that through the data: no clock, no step count.
+        weight = left ** (
+            self.ALPHA[0] + p * (self.ALPHA[1] - self.ALPHA[0]))
+        mixed = min(
+            round(self.SPREAD[0] + p * (self.SPREAD[1] - self.SPREAD[0])),
+            np.count_nonzero(left),
+            need)
         chosen = rng.choice(len(left), mixed, replace=False, p=weight / weight.sum())
         counts = np.zeros_like(left)
-        counts[chosen] = 1 + rng.multinomial(need - mixed, weight[chosen] / weight[chosen].sum())
+        counts[chosen] = 1 + rng.multinomial(
+            need - mixed, weight[chosen] / weight[chosen].sum())
         return np.minimum(counts, left)
 
     def next(self) -> np.ndarray:
@@ -701,8 +722,9 @@ class CoprimePlan:
 
     def state_dict(self) -> dict:
         """Where the plan stands, as JSON can hold it."""
-        return dict(key=self.key, batch=self.batch, epoch=self.epoch, digest=self.digest,
-                    taken=self.taken.tolist())
+        return dict(
+            key=self.key, batch=self.batch, epoch=self.epoch,
+            digest=self.digest, taken=self.taken.tolist())
 
     def load_state_dict(self, state: dict):
         """Continue where `state` was taken; raises ArtifactError if that was in another order."""
@@ -716,7 +738,8 @@ class CoprimePlan:
         self.start_epoch(state["epoch"])
         if len(taken) != len(self.taken) or max(taken) > self.blocks.sum():
             raise ArtifactError("the checkpoint is beyond the end of the data; train again")
-        self.batch, self.digest, self.taken = state["batch"], state.get("digest"), np.array(taken)
+        self.batch, self.digest, self.taken = (
+            state["batch"], state.get("digest"), np.array(taken))
 
 
 def interleave(rng, buckets: list[np.ndarray]) -> np.ndarray:
@@ -735,7 +758,8 @@ class ShuffledPlan(CoprimePlan):
     def start_epoch(self, epoch: int):
         """Shuffle all blocks of all shards."""
         super().start_epoch(epoch)
-        every = np.concatenate([self.take(i, n) for i, n in enumerate(self.blocks)])
+        every = np.concatenate([
+            self.take(i, n) for i, n in enumerate(self.blocks)])                    # (blocks, 2)
         self.order = generator(self.cfg.seed, "shuffle", epoch).permutation(every)
         self.taken = np.zeros(1, np.int64)                  # position in `order`
 
@@ -788,7 +812,8 @@ class Batches:
     def read(self, windows: np.ndarray) -> Tensor:
         """Tokens of the windows with their targets, (B, T + 1) uint16, pinned for the device."""
         span = self.cfg.seq_len + 1
-        out = torch.empty(len(windows), span, dtype=torch.uint16, pin_memory=self.dist.on_cuda)
+        out = torch.empty(                                  # (B, T + 1)
+            len(windows), span, dtype=torch.uint16, pin_memory=self.dist.on_cuda)
         rows = out.numpy()
         for row, (i, offset) in zip(rows, windows):
             row[:] = self.shards[i].tokens[offset:offset + span]
@@ -814,7 +839,8 @@ class Batches:
 # Model: a GPT with recurrent layers, exclusive self attention and gated U-Net skips
 # ------------------------------------------------------------------------------------------------
 # parameter-golf #1493/#1876.  One precision rule: parameters are fp32, activations have the dtype
-# of the device, and a weight is cast to the dtype of what it meets.  Norms have no gain.
+# of the device, and a weight is cast to the dtype of what it meets.  Norms have no gain.  New
+# layers start as the identity (zero output projections), so depth can be switched on in mid-run.
 
 class Linear(nn.Module):
     """A bias-free matrix, orthogonal or zero at first."""
@@ -840,7 +866,8 @@ def rotary_angles(cfg: Config) -> Tensor:
     """Rotation angle of each position and channel pair, (T, rope_dims / 2) float32."""
     pairs = cfg.rope_dims // 2
     speed = cfg.rope_base ** -(torch.arange(pairs, dtype=torch.float64) / pairs)    # (pairs,)
-    return torch.outer(torch.arange(cfg.seq_len, dtype=torch.float64), speed).float()
+    return torch.outer(
+        torch.arange(cfg.seq_len, dtype=torch.float64), speed).float()                  # (T, pairs)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -850,7 +877,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     R = cos.size(-1)
     a, b, rest = x.split([R, R, x.size(-1) - 2 * R], dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+    return torch.cat([
+        a * cos + b * sin,
+        b * cos - a * sin,
+        rest], dim=-1)
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
@@ -883,14 +913,18 @@ class Attention(nn.Module):
         """Attend over x (B, T, C); `observe` is shown the inputs of the matrices."""
         B, T, C = x.shape
         observe(x, *(f"{self.name}.{n}.weight" for n in ("c_q", "c_k", "c_v")))
-        weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])     # one product
-        q, k, v = (h.view(B, T, -1, self.head_dim)                      # (B, T, H or K, D)
-                   for h in F.linear(x, weight.to(x.dtype)).split(self.widths, dim=-1))
+        weight = torch.cat([                                            # one product for all three
+            self.c_q.weight, self.c_k.weight, self.c_v.weight])
+        q, k, v = (
+            h.view(B, T, -1, self.head_dim)                             # (B, T, H or K, D)
+            for h in F.linear(x, weight.to(x.dtype)).split(self.widths, dim=-1))
         gain = self.q_gain.to(x.dtype)[:, None]                         # sharpness of each head
-        q, k = rotate(rms_norm(q), *rope) * gain, rotate(rms_norm(k), *rope)
+        q, k = (
+            rotate(rms_norm(q), *rope) * gain,
+            rotate(rms_norm(k), *rope))
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-            enable_gqa=True).transpose(1, 2)                            # (B, T, H, D)
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+            is_causal=True, enable_gqa=True).transpose(1, 2)            # (B, T, H, D)
         y = (exclude_self(y, v) if self.xsa else y).reshape(B, T, C)
         observe(y, f"{self.name}.proj.weight")
         return self.proj(y)
@@ -904,7 +938,9 @@ class MLP(nn.Module):
         super().__init__()
         self.name = f"layers.{layer}.mlp"
         hidden = int(cfg.mlp_mult * cfg.model_dim)
-        self.fc, self.proj = Linear(cfg.model_dim, hidden, rng), Linear(hidden, cfg.model_dim, None)
+        self.fc, self.proj = (
+            Linear(cfg.model_dim, hidden, rng),
+            Linear(hidden, cfg.model_dim, None))
 
     def forward(self, x: Tensor, observe) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -922,8 +958,11 @@ class Block(nn.Module):
         super().__init__()
         C = cfg.model_dim
         self.attn, self.mlp = Attention(cfg, layer, rng), MLP(cfg, layer, rng)
-        self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
-        self.resid_mix = nn.Parameter(torch.stack([torch.ones(C), torch.zeros(C)]))     # (2, C)
+        self.attn_scale, self.mlp_scale = (
+            nn.Parameter(torch.ones(C)),
+            nn.Parameter(torch.ones(C)))
+        self.resid_mix = nn.Parameter(                                                  # (2, C)
+            torch.stack([torch.ones(C), torch.zeros(C)]))
         self.ln_scale = (layer + 1) ** -0.5
         self.parallel = layer >= cfg.parallel_residual_start
 
@@ -932,6 +971,8 @@ class Block(nn.Module):
         scales = self.resid_mix, self.attn_scale, self.mlp_scale
         mix, a_scale, m_scale = (w.to(x.dtype) for w in scales)
         h = mix[0] * x + mix[1] * x0
+        # Parallel layers feed both halves from one norm, GPT-J style; the others feed the MLP from
+        # what attention has added.
         n = rms_norm(h) * self.ln_scale
         u = h + a_scale * self.attn(n, rope, observe)
         if not self.parallel:
@@ -977,7 +1018,8 @@ class GPT(nn.Module):
     def merge_skip(self, x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
         """Blend a skip, scaled by `weight` (C,), into x: a lerp by the gate, or just a sum."""
         skip = weight.to(x.dtype) * skip
-        return x + skip if gate is None else torch.lerp(skip, x, gate.sigmoid().to(x.dtype))
+        return x + skip if gate is None else torch.lerp(
+            skip, x, gate.sigmoid().to(x.dtype))
 
     def features(self, tokens: Tensor, looped: bool, observe=unobserved) -> Tensor:
         """Normed final state of every position, (B, T, C), for tokens (B, T) int64."""
@@ -1033,7 +1075,8 @@ class SoftcapNLL(torch.autograd.Function):
         logits, targets, lse = ctx.saved_tensors
         z = soft_cap(logits, ctx.cap)
         hit = torch.arange(logits.size(-1), device=logits.device) == targets[..., None]
-        d = ((z - lse[..., None]).exp() - hit.float()) * (1 - (z / ctx.cap).square())
+        d = ((z - lse[..., None]).exp() - hit.float()) * (              # (B, T, V), never stored
+            1 - (z / ctx.cap).square())
         return (d * grad[..., None]).to(logits.dtype), None, None
 
 
@@ -1081,9 +1124,10 @@ def activate_flash(version: str, must: bool):
 
 def attention_works(cfg: Config, dist: Dist, backend) -> bool:
     """Whether `backend` runs a small forward and backward pass of this model's heads."""
-    q, k, v = (torch.zeros(1, heads, 128, cfg.head_dim, device=dist.device, dtype=dist.dtype,
-                           requires_grad=True)
-               for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
+    q, k, v = (
+        torch.zeros(1, heads, 128, cfg.head_dim, device=dist.device, dtype=dist.dtype,
+                    requires_grad=True)
+        for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
     try:
         with torch_attention.sdpa_kernel(backend):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -1100,6 +1144,10 @@ def attention_works(cfg: Config, dist: Dist, backend) -> bool:
 
 VECTORS = ("q_gain", "attn_scale", "mlp_scale", "resid_mix", "skip_weights", "skip_gates")
 
+
+# The flat layout is what makes the optimiser short and fast: clipping, averaging, weight decay
+# and the sum over ranks are one operation on one tensor each, and Newton-Schulz runs on a whole
+# stack of equal matrices at once.  Modules and compiled graphs see ordinary parameters: views.
 
 class Flat:
     """All parameters of a model as one fp32 vector, all gradients as another, without copies.
@@ -1120,7 +1168,8 @@ class Flat:
         self.names = [n for group in self.groups.values() for n in group]
         assert sorted(self.names) == sorted(named), "every parameter belongs to exactly one group"
         self.sizes = [named[n].numel() for n in self.names]
-        self.data = torch.cat([named[n].detach().flatten() for n in self.names]).to(device)
+        self.data = torch.cat([
+            named[n].detach().flatten() for n in self.names]).to(device)                # (P,)
         self.buffer = torch.zeros(len(self.data) + self.REPORT, device=device)
         self.grad, self.report = self.buffer[:-self.REPORT], self.buffer[-self.REPORT:]
         self.shapes = {n: tuple(named[n].shape) for n in self.names}
@@ -1131,7 +1180,9 @@ class Flat:
 
     def part(self, vector: Tensor, group: str) -> Tensor:
         """The slice of a flat `vector` that belongs to a group."""
-        sizes = [sum(math.prod(self.shapes[n]) for n in names) for names in self.groups.values()]
+        sizes = [
+            sum(math.prod(self.shapes[n]) for n in names)
+            for names in self.groups.values()]
         return dict(zip(self.groups, vector.split(sizes)))[group]
 
     def stacks(self, vector: Tensor) -> list[tuple[list[str], Tensor]]:
@@ -1146,7 +1197,9 @@ class Flat:
 
     def named(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a flat `vector` by parameter name."""
-        return {n: v.view(self.shapes[n]) for n, v in zip(self.names, vector.split(self.sizes))}
+        return {
+            n: v.view(self.shapes[n])
+            for n, v in zip(self.names, vector.split(self.sizes))}
 
 
 def orthogonalize(G: Tensor, steps: int, row_normalize: bool, dtype: torch.dtype) -> Tensor:
@@ -1163,7 +1216,8 @@ def orthogonalize(G: Tensor, steps: int, row_normalize: bool, dtype: torch.dtype
     X = X.mT.contiguous() if tall else X
     for _ in range(steps):
         A = X @ X.mT                                        # (N, min(O, I), min(O, I))
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        X = torch.baddbmm(                                  # a X + (b A + c A A) X
+            X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if tall else X
 
 
@@ -1194,7 +1248,9 @@ class Optimizer:
         lr = cfg.matrix_lr * lr_scale
         for (_, G), (_, W) in zip(self.flat.stacks(grad), self.flat.stacks(self.flat.data)):
             U = self.orthogonalize_shared(G)
-            W.mul_(1 - lr * cfg.muon_wd).add_(U, alpha=-lr * max(1, W.size(1) / W.size(2)) ** 0.5)
+            # A tall matrix has longer columns than rows; the factor keeps its outputs' step alike.
+            W.mul_(1 - lr * cfg.muon_wd).add_(
+                U, alpha=-lr * max(1, W.size(1) / W.size(2)) ** 0.5)
 
     def orthogonalize_shared(self, G: Tensor) -> Tensor:
         """Orthogonalise a stack (N, O, I), each rank an equal part of it."""
@@ -1220,7 +1276,9 @@ class Optimizer:
             p = group["params"][0]
             device = {"exp_avg": p.device, "exp_avg_sq": p.device,
                       "step": p.device if self.dist.on_cuda else "cpu"}
-            self.adam.state[p] = {k: memory[f"{k}.{i}"].to(d, copy=True) for k, d in device.items()}
+            self.adam.state[p] = {
+                k: memory[f"{k}.{i}"].to(d, copy=True)
+                for k, d in device.items()}
 
 
 def clip_(grad: Tensor, limit: float):
@@ -1262,6 +1320,8 @@ class Schedule:
 # ------------------------------------------------------------------------------------------------
 # Frantar et al., GPTQ, ICLR 2023, with act-order, and a scale of k standard deviations a row
 # (parameter-golf #1394).  Hessians come from training batches: validation text is off limits here.
+# Matrices of one shape are quantized together: the loop over columns is the slow part, and its
+# length does not depend on how many matrices take part.
 
 @torch.no_grad()
 def collect_hessians(run: "Run", batches, count: int, seconds: float = 0.0) -> dict[str, Tensor]:
@@ -1303,9 +1363,13 @@ def inverse_factor(H: Tensor, damping: float, name: str, log) -> Tensor:
     eye = torch.eye(H.size(1), device=H.device)
     mean = H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]                        # (N, 1, 1)
     for strength in (damping, 10 * damping, 100 * damping):
-        L, info = torch.linalg.cholesky_ex((H + strength * mean * eye).flip(1, 2))
+        # H = R R^T with R upper triangular is the Cholesky factor of H read backwards, and
+        # H^-1 = R^-T R^-1, so U = R^-1: no inverse of H is ever formed.
+        L, info = torch.linalg.cholesky_ex(
+            (H + strength * mean * eye).flip(1, 2))
         if not info.any() and L.isfinite().all():
-            return torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False).flip(1, 2)
+            return torch.linalg.solve_triangular(
+                L, eye.expand_as(L), upper=False).flip(1, 2)
         log("damping", matrix=name, damping=strength, failed=int(info.count_nonzero()))
     raise QuantError(f"{name}: Hessian is not positive definite (pivot {int(info.max())} of "
                      f"{H.size(1)}, damping {strength:g}); raise GPTQ_DAMPING (now {damping:g})")
@@ -1345,7 +1409,8 @@ def quantize_stack(W: Tensor, H: Tensor, grid: tuple[int, float], cfg: Config, n
     H = H + torch.diag_embed(dead.float())
     order = power.argsort(dim=1, descending=True, stable=True)                      # (N, I)
     W = W.gather(2, order[:, None].expand_as(W))
-    H = H.gather(1, order[:, :, None].expand_as(H)).gather(2, order[:, None].expand_as(H))
+    H = H.gather(1, order[:, :, None].expand_as(H)).gather(
+        2, order[:, None].expand_as(H))                                             # (N, I, I)
     U = inverse_factor(H, cfg.gptq_damping, name, log)
     Q = gptq(W, U, scale.float(), qmax, cfg.gptq_block_size)
     return Q.gather(2, order.argsort(1)[:, None].expand_as(Q)), scale
@@ -1359,9 +1424,14 @@ def quantize_model(run: "Run", weights: Tensor, hessians: dict, clip_sigmas: flo
     """
     cfg, flat, named = run.cfg, run.flat, run.flat.named(weights)
     tensors, rows = {n: named[n].half() for n in flat.groups["vectors"]}, []
-    stacks = [(names, W, (cfg.matrix_bits, clip_sigmas)) for names, W in flat.stacks(weights)]
-    stacks += [([n], named[n][None], (cfg.embed_bits, cfg.embed_clip_sigmas))
-               for n in flat.groups["embedding"]]
+    # Codes are wide but clipped far out: most of them are small, so that they compress to about
+    # 3.3 bits a weight.  A finer clip means better weights and more bytes (#1394).
+    stacks = [
+        (names, W, (cfg.matrix_bits, clip_sigmas))
+        for names, W in flat.stacks(weights)]
+    stacks += [
+        ([n], named[n][None], (cfg.embed_bits, cfg.embed_clip_sigmas))
+        for n in flat.groups["embedding"]]
     for names, W, (bits, clip) in stacks:
         H = torch.stack([hessians[n] for n in names])
         Q, scale = quantize_stack(W, H, (bits, clip), cfg, names[0], run.log)
@@ -1377,7 +1447,9 @@ def quantize_model(run: "Run", weights: Tensor, hessians: dict, clip_sigmas: flo
 def entropy_bytes(codes: Tensor) -> float:
     """Bytes that an ideal coder of single codes would need."""
     counts = torch.bincount(codes.flatten().int() + 128, minlength=256).double()
-    return -(counts * torch.log2(counts / codes.numel()).nan_to_num(neginf=0)).sum().item() / 8
+    return -(
+        counts * torch.log2(counts / codes.numel()).nan_to_num(neginf=0)
+    ).sum().item() / 8
 
 
 def dequantize(tensors: dict[str, Tensor], flat: Flat):
@@ -1385,7 +1457,9 @@ def dequantize(tensors: dict[str, Tensor], flat: Flat):
     for name, w in flat.named(flat.data).items():
         value = tensors[name].to(w.device).float()
         scale = tensors.get(f"{name}.scale")
-        w.copy_(value if scale is None else value * scale.to(w.device).float()[:, None])
+        w.copy_(
+            value if scale is None
+            else value * scale.to(w.device).float()[:, None])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1401,7 +1475,9 @@ DTYPES = {str(d)[6:]: d for d in (torch.int8, torch.uint8, torch.int32, torch.in
 
 def to_bytes(tensor: Tensor, shuffle: bool) -> bytes:
     """Bytes of a tensor, byte planes one after the other if `shuffle`d."""
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    raw = (
+        tensor.detach().cpu().contiguous().reshape(-1)
+        .view(torch.uint8).numpy())
     width = tensor.element_size()
     return (raw.reshape(-1, width).T if shuffle else raw).tobytes()
 
@@ -1443,11 +1519,17 @@ def pack_tensors(kind: str, meta: dict, tensors: dict[str, Tensor], compress: bo
     if compress:
         with ThreadPoolExecutor(os.cpu_count()) as pool:    # segments in parallel
             cuts = list(pool.map(lambda s: brotli.compress(s, quality=11, lgwin=24), cuts))
-    listing = [[n, str(tensors[n].dtype)[6:], list(tensors[n].shape)] for n in names]
-    header = dict(kind=kind, meta=meta, compress=compress, tensors=listing, bytes=len(raw),
-                  segments=list(map(len, cuts)), sha256=hashlib.sha256(b"".join(cuts)).hexdigest())
+    listing = [
+        [n, str(tensors[n].dtype)[6:], list(tensors[n].shape)]
+        for n in names]
+    header = dict(
+        kind=kind, meta=meta, compress=compress,
+        tensors=listing, bytes=len(raw), segments=list(map(len, cuts)),
+        sha256=hashlib.sha256(b"".join(cuts)).hexdigest())
     text = brotli.compress(json.dumps(header, sort_keys=True, separators=(",", ":")).encode())
-    return [MAGIC, len(text).to_bytes(4, "little"), hashlib.sha256(text).digest(), text, *cuts]
+    return [
+        MAGIC, len(text).to_bytes(4, "little"),
+        hashlib.sha256(text).digest(), text, *cuts]
 
 
 def inflate(data: bytes, limit: int) -> bytes:
@@ -1506,7 +1588,8 @@ def check_header(header: dict) -> int:
     numbers = [n for _, _, shape in header["tensors"] for n in shape] + header["segments"]
     for _, dtype, shape in header["tensors"]:
         total += math.prod(shape) * DTYPES[dtype].itemsize
-    sound = all(type(n) is int and n >= 0 for n in numbers) and all(type(n) is str for n in names)
+    sound = all(type(n) is int and n >= 0 for n in numbers) and all(
+        type(n) is str for n in names)
     if not sound or len(set(names)) != len(names) or header["bytes"] != total or (
             total > SEGMENT_BYTES * len(header["segments"])):
         raise ValueError("names, shapes and sizes in the header do not add up")
@@ -1558,6 +1641,8 @@ FILE_NAMES = dict(checkpoint="checkpoint.golf", artifact="model.golf")
 # Evaluation: every target scored exactly once, in nats and in bytes of text
 # ------------------------------------------------------------------------------------------------
 # Sliding windows as in parameter-golf #1493: context of seq_len tokens, `stride` new targets each.
+# Batches have one shape for each tail, so nothing compiles while the clock runs; logits are fp32,
+# as rounding them to bf16 before the soft cap costs 0.001 bits per byte (#1923 and its siblings).
 
 class Validation(NamedTuple):
     """The validation stream on the device: n targets follow n inputs."""
@@ -1640,7 +1725,9 @@ class Scorer:
         at = starts[:, None] + self.steps                                           # (B, T)
         tokens, targets = self.data.tokens[at], self.data.tokens[at[:, -tail:] + 1]
         nll = self.run.window_nll(tokens.long(), targets.long())
-        tally.add(nll[:B], self.data.bytes[at[:B, -tail:]], windows, self.run.cfg.seq_len)
+        tally.add(
+            nll[:B], self.data.bytes[at[:B, -tail:]],       # padding rows are left out here
+            windows, self.run.cfg.seq_len)
 
     def report(self, name: str, tally: Tally, seconds: float) -> tuple[float, float]:
         """Log score and ledger of a finished pass, and return (nats per token, bits per byte)."""
@@ -1659,7 +1746,8 @@ class Scorer:
 # ------------------------------------------------------------------------------------------------
 # Test-time training: grade a chunk, then learn from it; nothing is graded twice
 # ------------------------------------------------------------------------------------------------
-# Score-first adaptation of parameter-golf #549/#1413/#1493: plain SGD on all weights.
+# Score-first adaptation of parameter-golf #549/#1413/#1493: plain SGD on all weights.  Legality
+# shows in the shape of the loop: a chunk is graded, then logged as scored, then learnt from.
 
 def chunks_of(windows: list[Window], seq_len: int, chunk_tokens: int) -> list[list[Window]]:
     """Windows grouped by the chunk of targets that their first graded target lies in."""
@@ -1701,7 +1789,8 @@ def adapt(run: "Run", tokens: Tensor, velocity: Tensor, lr: float):
     mine = rows[dist.rank * share:(dist.rank + 1) * share].long()
     weight = torch.zeros(share, device=mine.device)
     weight[:len(mine)] = 1 / len(rows)
-    mine = torch.cat([mine, rows[:1].expand(share - len(mine), -1).long()])
+    mine = torch.cat([
+        mine, rows[:1].expand(share - len(mine), -1).long()])                       # weight 0
     flat.buffer.zero_()
     (run.loss_rows(mine, True) * weight).sum().backward()
     dist.sum_(flat.buffer)
@@ -1713,6 +1802,10 @@ def adapt(run: "Run", tokens: Tensor, velocity: Tensor, lr: float):
 # ------------------------------------------------------------------------------------------------
 # Training: a loop on the wall clock, after an untimed warm-up that compiles and measures
 # ------------------------------------------------------------------------------------------------
+
+# The clock starts after every graph has been compiled and every weight put back: a warm-up sees
+# random tokens only.  The host never waits for the device inside the loop: what ranks must agree
+# on (loss, rank 0's clock, wishes to stop) travels in the gradient's sum and is read a step late.
 
 class Run(NamedTuple):
     """What every stage needs: settings, ranks, log, clock, the model and its flat parameters."""
@@ -1728,7 +1821,8 @@ class Run(NamedTuple):
 
     def loss_rows(self, rows: Tensor, looped: bool) -> Tensor:
         """Mean nats per token of each sequence of rows (B, T + 1): inputs and shifted targets."""
-        return self.token_nll(self.forward(rows[:, :-1], looped), rows[:, 1:]).mean(1)      # (B,)
+        return self.token_nll(                                                              # (B,)
+            self.forward(rows[:, :-1], looped), rows[:, 1:]).mean(1)
 
     def window_nll(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Nats (B, tail) of `targets`, which follow the last of tokens (B, T); logits are fp32."""
@@ -1759,7 +1853,9 @@ def start_run(cfg: Config, dist: Dist, log: Log) -> Run:
 def micro_batches(rows: Tensor, cfg: Config) -> tuple[Tensor, ...]:
     """Equal parts of rows (B, T + 1), each of at most micro_batch_seqs sequences."""
     B = len(rows)
-    return rows.split(max(d for d in range(1, min(B, cfg.micro_batch_seqs) + 1) if B % d == 0))
+    return rows.split(max(
+        d for d in range(1, min(B, cfg.micro_batch_seqs) + 1)
+        if B % d == 0))
 
 
 def train_step(run: Run, rows: Tensor, looped: bool, signs: tuple[float, float]):
@@ -1824,7 +1920,9 @@ def plan_budget(run: Run) -> tuple[float, int]:
     seconds, calibration = warm_up(run) if cfg.warmup_steps else ({}, 0.0)
     if not cfg.max_wallclock_seconds:
         return 0.0, cfg.iterations
-    reserve = 1.1 * calibration + 3 * seconds[True] + 0.5   # two steps may be in flight
+    # Calibration reads training data, so it belongs to the budget: what it will take was measured
+    # on this machine, with a tenth to spare; two steps may be in flight when the clock says stop.
+    reserve = 1.1 * calibration + 3 * seconds[True] + 0.5
     budget = cfg.max_wallclock_seconds - reserve
     if budget <= 0:
         raise BudgetError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: calibration alone "
@@ -1919,8 +2017,8 @@ class Trainer:
         """Turn recurrence on for the rest of training."""
         self.looping = True
         encoder, decoder = layer_schedule(self.run.cfg, True)
-        self.run.log("loop_on", n=self.step + 1, frac=frac, elapsed_s=self.seconds, encoder=encoder,
-                     decoder=decoder)
+        self.run.log("loop_on", n=self.step + 1, frac=frac, elapsed_s=self.seconds,
+                     encoder=encoder, decoder=decoder)
 
     def advance(self, frac: float, stop: bool):
         """One optimiser step and its effect on the average; flat.report holds its numbers."""
@@ -1988,6 +2086,9 @@ class Trainer:
 # ------------------------------------------------------------------------------------------------
 # Main: the three stages of a run, and the lines that say what it was and what came out
 # ------------------------------------------------------------------------------------------------
+
+# Each stage reads only what the one before it left on disk or in memory: training leaves weights
+# and their average, quantization the artifact; scoring starts from the artifact's bytes alone.
 
 def read_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]]:
     """(meta, tensors) of this run's checkpoint, complete and made for this model."""
@@ -2078,6 +2179,7 @@ def fit_artifact(run: Run, trained: Trained, hessians: dict[str, Tensor]) -> lis
         run.log("compress", attempt=attempt, matrix_clip_sigmas=clip, model_bytes=size,
                 total_bytes=size + code, gptq_s=quantized - started,
                 seconds=time.perf_counter() - quantized)
+        # One more bit a weight costs N / 8 bytes and halves the step, hence the exponent below.
         spare = limit - size - code
         if cfg.matrix_clip_sigmas or 0 <= spare <= CLIP_SLACK or (clip == LEAST_CLIP and spare > 0):
             break
@@ -2142,12 +2244,14 @@ def eval_stage(run: Run, trained: Trained | None) -> dict:
     started = time.perf_counter()
     scorer = Scorer(run, open_validation(run, tokenizer))
     clock.eval_seconds += time.perf_counter() - started
-    if trained:                                             # diagnostics, off the clock
+    # What the weights score before quantization says what it costs.  These two passes lead to no
+    # headline, so they are off the clock; all passes over the artifact are on it.
+    if trained:
         for name, weights in dict(raw=trained.weights, ema=trained.average).items():
             run.flat.data.copy_(weights)
             score_pass(scorer, name, scorer.plain, timed=False)
     dequantize(tensors, run.flat)
-    passes = dict(quantized=scorer.plain)
+    passes = dict(quantized=scorer.plain)                   # name: what returns a full tally
     if cfg.sliding_enabled:
         passes["sliding"] = lambda: eval_chunks(run, scorer, learn=False)
     if cfg.ttt_enabled:                                     # last: it leaves other weights behind
@@ -2180,7 +2284,8 @@ def compressor_baselines(run: Run, scorer: Scorer, tokenizer) -> dict:
     sizes = {"gzip-9": len(gzip.compress(text, 9)),
              "xz-9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
     for name, size in sizes.items():
-        run.log("baseline", name=name, bytes=size, text_bytes=len(text), bpb=8 * size / len(text))
+        run.log("baseline", name=name, bytes=size,
+                text_bytes=len(text), bpb=8 * size / len(text))
     return {f"{name}_bpb": 8 * size / len(text) for name, size in sizes.items()}
 
 
@@ -2201,7 +2306,9 @@ def log_run(cfg: Config, dist: Dist, log: Log, chosen: list[str]):
             packed = pack.pack_source(source.decode())
             log("packed", code_bytes=len(packed), code_sha256=hashlib.sha256(packed).hexdigest())
     for group in GROUPS.values():
-        values = {("*" if n in chosen else "") + n: v for n, v in cfg.group(group).items()}
+        values = {
+            ("*" if n in chosen else "") + n: v
+            for n, v in cfg.group(group).items()}
         log("config", group=group, **values)
 
 
