@@ -107,8 +107,12 @@ def complaint(capsys) -> str:
 
 
 def start(argv: list[str], prelude: str = "", **options) -> subprocess.Popen:
-    """Start prepare_data in a process of its own, after `prelude` has run there."""
-    code = f"import sys, prepare_data\n{prelude}\nsys.exit(prepare_data.main({argv!r}))"
+    """Start prepare_data in a process of its own, after `prelude` has run there.
+
+    Ctrl-C has its usual effect there, also where the tests' own parent ignores it (a background job).
+    """
+    code = (f"import signal, sys, prepare_data\nsignal.signal(signal.SIGINT, "
+            f"signal.default_int_handler)\n{prelude}\nsys.exit(prepare_data.main({argv!r}))")
     environment = dict(os.environ, PYTHONPATH=str(ROOT), **options.pop("env", {}))
     return subprocess.Popen([sys.executable, "-c", code], text=True, env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
