@@ -839,8 +839,8 @@ class Batches:
 # Model: a GPT with recurrent layers, exclusive self attention and gated U-Net skips
 # ------------------------------------------------------------------------------------------------
 # parameter-golf #1493/#1876.  One precision rule: parameters are fp32, activations have the dtype
-# of the device, and a weight is cast to the dtype of what it meets.  Norms have no gain.  New
-# layers start as the identity (zero output projections), so depth can be switched on in mid-run.
+# of the device, and a weight is cast to the dtype of what it meets.  Norms have no gain.  Output
+# projections start at zero, so every layer begins as the identity.
 
 class Linear(nn.Module):
     """A bias-free matrix, orthogonal or zero at first."""
@@ -1056,7 +1056,7 @@ class GPT(nn.Module):
 
 
 class SoftcapNLL(torch.autograd.Function):
-    """-log softmax(z)[target] for z = cap tanh(logits / cap), without storing z in fp32.
+    """-log softmax(z)[target] for z = cap tanh(logits / cap); z is not kept.
 
     As |z| < cap, exp cannot overflow and no maximum is needed: one pass over the logits each way.
     """
@@ -1075,7 +1075,7 @@ class SoftcapNLL(torch.autograd.Function):
         logits, targets, lse = ctx.saved_tensors
         z = soft_cap(logits, ctx.cap)
         hit = torch.arange(logits.size(-1), device=logits.device) == targets[..., None]
-        d = ((z - lse[..., None]).exp() - hit.float()) * (              # (B, T, V), never stored
+        d = ((z - lse[..., None]).exp() - hit.float()) * (              # (B, T, V), one fused pass
             1 - (z / ctx.cap).square())
         return (d * grad[..., None]).to(logits.dtype), None, None
 
@@ -1248,7 +1248,7 @@ class Optimizer:
         lr = cfg.matrix_lr * lr_scale
         for (_, G), (_, W) in zip(self.flat.stacks(grad), self.flat.stacks(self.flat.data)):
             U = self.orthogonalize_shared(G)
-            # A tall matrix has longer columns than rows; the factor keeps its outputs' step alike.
+            # A tall U has columns of length 1 and shorter rows; the factor makes the rows 1 long.
             W.mul_(1 - lr * cfg.muon_wd).add_(
                 U, alpha=-lr * max(1, W.size(1) / W.size(2)) ** 0.5)
 

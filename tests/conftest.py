@@ -145,6 +145,33 @@ def make_run(quiet):
     return make
 
 
+def stirred(run: train_gpt.Run, seed: int = 0) -> train_gpt.Run:
+    """The same run with weights that make every part of the model matter."""
+    rng = torch.Generator().manual_seed(seed)
+    run.flat.data.mul_(0.5).add_(0.08 * torch.randn(len(run.flat.data), generator=rng))
+    return run
+
+
+def stream(cfg: train_gpt.Config, n: int, seed: int = 0) -> train_gpt.Validation:
+    """A random stream of n targets, each of 0 to 9 bytes."""
+    rng = np.random.default_rng(seed)
+    tokens = torch.from_numpy(rng.integers(cfg.vocab_size, size=n + 1).astype(np.int32))
+    sizes = torch.from_numpy(rng.integers(10, size=n).astype(np.int16))
+    return train_gpt.Validation(tokens, sizes)
+
+
+def run_main(monkeypatch, capsys, env: dict, *args: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `main()` in this process under `env` alone."""
+    for name in set(os.environ) - {"PATH", "HOME"}:
+        monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *args])
+    monkeypatch.setitem(sys.modules, "pack", None)      # packing for one log line takes a second
+    code = train_gpt.main()
+    return code, *capsys.readouterr()
+
+
 # ------------------------------------------------------------------------------------------------
 # Runs in processes of their own
 # ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import re
 from dataclasses import asdict, fields, replace
 
 import pytest
-from conftest import PROGRAM
+from conftest import PROGRAM, run_main
 
 import train_gpt
 from train_gpt import Config, ConfigError, config_from_env
@@ -150,15 +150,6 @@ def comments() -> dict[str, str]:
     """The comment behind every field of `Config`."""
     body = PROGRAM.read_text().split("class Config:")[1].split("def __post_init__")[0]
     return dict(re.findall(r"^    (\w+): .*  # (.+)$", body, re.M))
-
-
-def run_main(monkeypatch, capsys, env: dict, *args: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `main` in this process."""
-    monkeypatch.setattr(train_gpt.sys, "argv", ["train_gpt.py", *args])
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    code = train_gpt.main()
-    return code, *capsys.readouterr()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import stirred, stream
 
 import train_gpt
 from train_gpt import DataError, Scorer, Tally, Validation, Window
@@ -25,20 +26,6 @@ def ranked(rank: int, world: int) -> train_gpt.Dist:
     dist = train_gpt.Dist({})
     dist.rank, dist.world, dist.sum_ = rank, world, lambda x: x
     return dist
-
-
-def stirred(run, seed: int = 0) -> train_gpt.Run:
-    """The same run with weights that make every part of the model matter."""
-    rng = torch.Generator().manual_seed(seed)
-    run.flat.data.mul_(0.5).add_(0.08 * torch.randn(len(run.flat.data), generator=rng))
-    return run
-
-
-def stream(cfg, n: int, seed: int = 0) -> Validation:
-    """A random stream of n targets, each of 0 to 9 bytes."""
-    rng = np.random.default_rng(seed)
-    tokens = torch.from_numpy(rng.integers(cfg.vocab_size, size=n + 1).astype(np.int32))
-    return Validation(tokens, torch.from_numpy(rng.integers(10, size=n).astype(np.int16)))
 
 
 def scored(windows: list[Window], seq_len: int) -> list[int]:

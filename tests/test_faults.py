@@ -5,13 +5,12 @@ Every fault is a real one: signals, file-size limits, ranks in processes of thei
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
 import train_gpt
-from conftest import PROGRAM, VOCAB
+from conftest import PROGRAM, VOCAB, run_main
 
 WRAPPER = """
 import os, resource, runpy, sys
@@ -29,18 +28,6 @@ names = [open(f"/proc/self/task/{{t}}/comm").read().strip() for t in os.listdir(
 print("threads left:", *[n for n in names if "gloo" in n], file=sys.stderr, flush=True)
 os._exit(code)
 """
-
-
-def in_process(monkeypatch, capsys, env) -> tuple[int, list[str]]:
-    """(exit code, lines on stderr) of `main()` in this process under `env` alone."""
-    for name in set(os.environ) - {"PATH", "HOME"}:
-        monkeypatch.delenv(name)
-    for name, value in env.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
-    monkeypatch.setitem(sys.modules, "pack", None)      # packing for one log line takes a second
-    code = train_gpt.main()
-    return code, capsys.readouterr().err.splitlines()
 
 
 def files_under(folder: Path) -> dict[str, bytes]:
@@ -102,9 +89,9 @@ def test_a_log_on_a_full_disk(toy_env, tmp_path, monkeypatch, capsys):
     """The log is the first to meet a full disk: one line that names it."""
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "pr1876_seed1337.txt").symlink_to("/dev/full")
-    code, lines = in_process(monkeypatch, capsys, toy_env)
-    assert code == 2 and len(lines) == 1
-    assert "pr1876_seed1337.txt" in lines[0] and "No space left" in lines[0]
+    code, _, err = run_main(monkeypatch, capsys, toy_env)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "pr1876_seed1337.txt" in err and "No space left" in err
 
 
 # ------------------------------------------------------------------------------------------------
@@ -126,23 +113,23 @@ def test_no_resume_under_other_settings(toy_env, tmp_path, monkeypatch, capsys, 
     data = tmp_path / "data"
     shutil.copytree(toy_env["DATA_DIR"], data)
     env = {**toy_env, "DATA_DIR": str(data), "RUN_ID": "r", "STAGES": "train", "ITERATIONS": "2"}
-    assert in_process(monkeypatch, capsys, env)[0] == 0
+    assert run_main(monkeypatch, capsys, env)[0] == 0
     if settings is None:
         drop_a_shard(data)
     before = files_under(tmp_path / "runs")
-    code, lines = in_process(monkeypatch, capsys, {
+    code, _, err = run_main(monkeypatch, capsys, {
         **env, **(settings or {}), "RESUME": "1", "ITERATIONS": "4"})
-    assert code == 2 and len(lines) == 1 and named in lines[0]
+    assert code == 2 and len(err.splitlines()) == 1 and named in err
     assert files_under(tmp_path / "runs") == before
 
 
 def test_resume_at_the_end_changes_nothing(toy_env, tmp_path, monkeypatch, capsys):
     """Resuming a training that is over takes no step and leaves the same checkpoint tensors."""
     env = {**toy_env, "STAGES": "train"}
-    assert in_process(monkeypatch, capsys, env)[0] == 0
+    assert run_main(monkeypatch, capsys, env)[0] == 0
     path = tmp_path / "runs" / "pr1876_seed1337" / "checkpoint.golf"
     before = train_gpt.read_container(path, "checkpoint")[1]
-    assert in_process(monkeypatch, capsys, {**env, "RESUME": "1"})[0] == 0
+    assert run_main(monkeypatch, capsys, {**env, "RESUME": "1"})[0] == 0
     after = train_gpt.read_container(path, "checkpoint")[1]
     assert before.keys() == after.keys() and all((before[n] == after[n]).all() for n in before)
 
@@ -153,15 +140,15 @@ def test_resume_at_the_end_changes_nothing(toy_env, tmp_path, monkeypatch, capsy
     dict(GRAD_CLIP_NORM="0", EMA_HORIZON_FRAC="0", WARMDOWN_FRAC="0", LOADER="shuffled")])
 def test_any_allowed_model_runs_to_the_end(toy_env, tmp_path, monkeypatch, capsys, settings):
     """The smallest settings that are accepted train, quantize, load and score."""
-    code, lines = in_process(monkeypatch, capsys, {**toy_env, **settings})
-    assert (code, lines) == (0, [])
+    code, _, err = run_main(monkeypatch, capsys, {**toy_env, **settings})
+    assert (code, err) == (0, "")
     assert (tmp_path / "runs" / "pr1876_seed1337" / "model.golf").is_file()
 
 
 def test_scoring_over_its_budget_is_refused(toy_env, tmp_path, monkeypatch, capsys):
     """A whole run whose scoring takes too long ends in one line and prints no score block."""
     env = {**toy_env, "EVAL_WALLCLOCK_SECONDS": "0.0001"}
-    code, lines = in_process(monkeypatch, capsys, env)
-    assert code == 2 and len(lines) == 1 and "scoring" in lines[0]
+    code, _, err = run_main(monkeypatch, capsys, env)
+    assert code == 2 and len(err.splitlines()) == 1 and "scoring" in err
     text = (tmp_path / "logs" / "pr1876_seed1337.txt").read_text()
     assert "val_bpb:" not in text

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import stirred
 
 import train_gpt
 from train_gpt import QuantError, SizeError
@@ -19,13 +20,6 @@ COARSE = (3, 2.0)               # codes -3..3, so that several weights are at th
 # ------------------------------------------------------------------------------------------------
 # Helpers
 # ------------------------------------------------------------------------------------------------
-
-def stirred(run, seed: int = 0) -> train_gpt.Run:
-    """The same run with weights that make every part of the model matter."""
-    rng = torch.Generator().manual_seed(seed)
-    run.flat.data.mul_(0.5).add_(0.08 * torch.randn(len(run.flat.data), generator=rng))
-    return run
-
 
 def ranked(rank: int, world: int) -> train_gpt.Dist:
     """Rank `rank` of `world`, whose sums over ranks are left to the test."""

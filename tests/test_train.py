@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train_gpt
-from conftest import PROGRAM, ROOT, TINY, VOCAB, write_shard
+from conftest import PROGRAM, ROOT, TINY, VOCAB, run_main, write_shard
 
 # From the readable program on x86-64, torch 2.13, one thread.  Other kernels may sum in another
 # order, hence 1e-4; a change of algorithm moves the later ones by far more.
@@ -52,18 +52,6 @@ def long_run(toy_settings, run_program, read_log, tmp_path_factory):
     done = run_program(env)
     assert done.returncode == 0, done.stderr
     return env, log_of(env, read_log)
-
-
-def run_main(monkeypatch, capsys, env):
-    """(exit code, lines on stderr) of `main()` in this process under `env` alone."""
-    for name in list(os.environ):
-        if name not in ("PATH", "HOME"):
-            monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
-    code = train_gpt.main()
-    return code, capsys.readouterr().err.splitlines()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -312,7 +300,8 @@ def test_bad_input_is_one_line(case, toy_env, tmp_path, monkeypatch, capsys):
     env = {**toy_env, "DATA_DIR": str(data), **settings}
     if breakage:
         breakage(env)
-    code, lines = run_main(monkeypatch, capsys, env)
+    code, _, err = run_main(monkeypatch, capsys, env)
+    lines = err.splitlines()
     assert code == 2
     assert len(lines) == 1 and lines[0].startswith("train_gpt: ") and named in lines[0], lines
     assert not list(tmp_path.rglob("*.part"))

@@ -7,9 +7,9 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
+from conftest import stirred, stream
 
 import train_gpt
 from train_gpt import Scorer, Tally, Validation, eval_chunks
@@ -75,20 +75,6 @@ def in_ranks(world: int, work) -> list:
     if errors:
         raise errors[0]
     return [t.result() for t in tasks]
-
-
-def stirred(run, seed: int = 0) -> train_gpt.Run:
-    """The same run with weights that make every part of the model matter."""
-    rng = torch.Generator().manual_seed(seed)
-    run.flat.data.mul_(0.5).add_(0.08 * torch.randn(len(run.flat.data), generator=rng))
-    return run
-
-
-def stream(cfg, n: int, seed: int = 0) -> Validation:
-    """A random stream of n targets, each of 0 to 9 bytes."""
-    rng = np.random.default_rng(seed)
-    tokens = torch.from_numpy(rng.integers(cfg.vocab_size, size=n + 1).astype(np.int32))
-    return Validation(tokens, torch.from_numpy(rng.integers(10, size=n).astype(np.int16)))
 
 
 @pytest.fixture
