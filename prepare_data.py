@@ -325,7 +325,7 @@ def read_manifest(layout: Layout) -> dict:
                             f"needed {MANIFEST_FORMAT}")
     except FileNotFoundError:
         raise DataError(f"{layout.manifest}: no such file") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{layout.manifest}: not a manifest") from None
     return manifest
 
@@ -338,7 +338,10 @@ def check_dataset(layout: Layout, manifest: dict):
     """
     try:
         parts = {split: manifest[split] for split in ("train", "val")}
-        listed = {entry["name"]: entry for part in parts.values() for entry in part["files"]}
+        entries = [entry for part in parts.values() for entry in part["files"]]
+        listed = {entry["name"]: entry for entry in entries}
+        if len(listed) < len(entries) or not all(type(name) is str for name in listed):
+            raise TypeError("a name twice, or none")
         if describe_file(layout.tokenizer.name, layout.tokenizer) != manifest["tokenizer"]:
             raise DataError(f"{layout.tokenizer}: not the file that the manifest describes")
     except (KeyError, TypeError):
@@ -1260,7 +1263,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         environment = args.run(args)
     except DataError as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
+        line = "".join(c if c.isprintable() else " " for c in str(error))   # names may hold any
+        print(f"prepare_data: {line}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"prepare_data: {error.filename or args.data_dir}: {error.strerror}; give a "

@@ -236,7 +236,7 @@ def parse_lines(path: Path, lines: list[str]) -> list[Event]:
                 if not events or events[-1].name != "result":
                     events.append(Event("result", {}, at))
                 events[-1].values[pair[1]] = pair[2]
-            elif line != "---" and (line or at < len(lines)):
+            elif line != "---" and line[:2] != "# " and (line or at < len(lines)):
                 events.append(parse_line(line, at))
         except ValueError as error:
             raise SubmitError(f"{path}, line {at}: {error}") from None
@@ -1263,9 +1263,9 @@ def draw_stages(axes, logs: list[Log]) -> None:
     means, ranges = means_and_ranges([[row[name] for row in table] for name in names])
     axes.errorbar(range(len(names)), means, ranges, color=DARK, marker="o", markersize=5,
                   linewidth=1, capsize=4)
-    for i, mean in enumerate(means):
-        axes.annotate(f"{mean:.4f}", (i, mean), (0, 9), textcoords="offset points", ha="center",
-                      bbox=LABEL)
+    for i, (mean, above) in enumerate(zip(means, ranges[1])):
+        axes.annotate(f"{mean:.4f}", (i, mean + above), (0, 5), textcoords="offset points",
+                      ha="center", bbox=LABEL)
     axes.set_xticks(range(len(names)), [STAGES[name] for name in names], fontsize=8)
     axes.margins(0.12, 0.25)
     axes.set(ylabel="bits per byte", title="score from stage to stage")

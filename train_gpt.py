@@ -26,6 +26,7 @@ import os
 import platform
 import queue
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -98,8 +99,8 @@ class Config:
     data_dir: str = "data"  # holds datasets/<dataset>/ and tokenizers/
     dataset: str = "fineweb10B_sp8192"  # folder of shards; its first letters name the files
     loader: str = "coprime"  # order of training blocks: coprime strides, or shuffled
-    seq_len: int = 2048  # tokens of context in training and scoring
     vocab_size: int = 8192  # pieces of the tokenizer
+    seq_len: int = 2048  # tokens of context in training and scoring
     num_layers: int = 11  # transformer layers with weights of their own
     model_dim: int = 512  # channels of the residual stream
     num_heads: int = 8  # query heads
@@ -116,6 +117,12 @@ class Config:
     loop_end: int = 5  # last recurrent layer
     parallel_residual_start: int = 7  # from this layer on attention and MLP read the same input
     skip_gates_enabled: bool = True  # learned gates on the U-Net skips; off: plain weighted sums
+    bigram_buckets: int = 0  # rows of a table of hashed token pairs beside the embedding; 0: none
+    bigram_dim: int = 112  # channels of that table
+    smear_enabled: bool = False  # learned gates mix each position with the one before
+    smear_across_documents: bool = False  # also the first of a document with the last of another
+    value_embed_dim: int = 0  # channels of a second embedding, added to attention's values; 0: none
+    value_embed_last_n: int = 2  # last layers that use it
     iterations: int = 20000  # most optimiser steps
     max_wallclock_seconds: float = 600.0  # training and calibration, seconds; 0: run all iterations
     train_batch_tokens: int = 786432  # tokens a step over all ranks
@@ -217,6 +224,14 @@ GROUPS = dict(recipe="run", data_dir="data", vocab_size="model", iterations="tra
 
 RECIPES = {
     "pr1876": {},
+    "pr1858": dict(ttt_epochs=2),
+    "pr1060": dict(
+        dataset="fineweb10B_sp1024", vocab_size=1024, mlp_mult=3.0, rope_base=22081.8,
+        qk_gain_init=1.5, num_loops=0, parallel_residual_start=11, skip_gates_enabled=False,
+        bigram_buckets=2816, smear_enabled=True, value_embed_dim=128, warmdown_frac=0.52,
+        ema_horizon_frac=0.05, tied_embed_lr=0.035, matrix_lr=0.025, scalar_lr=0.025, muon_wd=0.04,
+        embed_wd=0.04, adam_wd=0.04, muon_momentum_warmup_frac=0.22, muon_row_normalize=False,
+        ttt_enabled=False),
     "demo": dict(
         dataset="demo_sp1024", vocab_size=1024, seq_len=256, num_layers=4, model_dim=128,
         num_heads=4, num_kv_heads=2, num_loops=1, loop_start=1, loop_end=2, xsa_last_n=4,
@@ -262,6 +277,7 @@ def checks(c: Config):
            f"LOGIT_SOFTCAP={c.logit_softcap}: must be at most 70, or sums of exp overflow")
     yield c.vocab_size > 65536, f"VOCAB_SIZE={c.vocab_size}: shards hold 16-bit token ids"
     yield c.warmdown_frac > 1, f"WARMDOWN_FRAC={c.warmdown_frac}: must be at most 1"
+    yield c.bigram_buckets == 1, "BIGRAM_BUCKETS=1: must be 0, or 2 or more"
 
 
 CHOICES = dict(loader=("coprime", "shuffled"), flash_attn=("auto", "off", "2", "3", "4"))
@@ -272,7 +288,8 @@ STAGES = ("train", "quantize", "eval")
 MAY_BE_ZERO = """seed checkpoint_seconds rope_dims xsa_last_n num_loops loop_start loop_end
     parallel_residual_start max_wallclock_seconds warmup_steps warmdown_frac min_lr ttt_lr muon_wd
     enable_looping_at ema_horizon_frac embed_wd adam_wd muon_momentum_warmup_frac grad_clip_norm
-    matrix_clip_sigmas ttt_momentum eval_wallclock_seconds""".split()
+    matrix_clip_sigmas ttt_momentum eval_wallclock_seconds bigram_buckets value_embed_dim
+    value_embed_last_n""".split()
 
 
 def parse_as(kind: type, text: str):
@@ -434,11 +451,15 @@ class Late:
 
 
 class Log:
-    """Writes one event a line, `event key=value ...`, to the console and to logs/<run>.txt."""
+    """Writes one event a line, `event key=value ...`, to the console and to logs/<run>.txt.
+
+    On a terminal a last line that redraws itself says how far the part at work is; no log has it.
+    """
 
     def __init__(self, cfg: Config, dist: Dist):
         """Open the run's log on rank 0; a run that starts with training starts a new log."""
-        self.file = None
+        self.file, self.drawn = None, 0.0
+        self.on_terminal = dist.is_main and sys.stderr.isatty()
         if dist.is_main:
             self.path = path = Path(cfg.out_dir) / "logs" / f"{cfg.name}.txt"
             fresh = "train" in cfg.stages and not cfg.resume
@@ -456,11 +477,26 @@ class Log:
         """Write one raw line."""
         if self.file:
             try:
+                self.draw("")
                 print(text, flush=True)
                 print(text, file=self.file, flush=True)
             except OSError as e:
                 self.file = None                            # full disk, or nobody reads the console
                 raise ConfigError(f"{self.path} or the console: {e.strerror}") from None
+
+
+    def progress(self, what: str, frac: float = 0.0, **values):
+        """Say on a terminal, a few times a second, that `what` is at work and `frac` of it done."""
+        if self.on_terminal and (not frac or time.perf_counter() - self.drawn > 0.2):
+            self.drawn = time.perf_counter()
+            share = f" {100 * frac:3.0f} %" if frac else " ..."
+            self.draw(what + share + "".join(f"  {k} {show(k, v)}" for k, v in values.items()))
+
+    def draw(self, text: str):
+        """Replace the terminal's last line."""
+        if self.on_terminal:
+            columns = shutil.get_terminal_size().columns
+            print(f"\r\x1b[K{text[:columns - 1]}", end="", file=sys.stderr, flush=True)
 
 
 def show(key: str, value) -> str:
@@ -500,7 +536,7 @@ class Clock:
         if (split == "train") != (self.phase == "train"):
             raise BudgetError(f"{split} files may not be opened in the {self.phase} phase")
 
-    def close_training_data(self, train_seconds: float, data_seconds: float):
+    def close_training_data(self, train_seconds: float = 0.0, data_seconds: float = 0.0):
         """End access to training data for good, after so many seconds of training and of access."""
         self.phase, self.train_seconds, self.data_seconds = "eval", train_seconds, data_seconds
 
@@ -550,6 +586,8 @@ def read_shard(path: Path) -> Shard:
 def open_shards(cfg: Config, split: str, clock: Clock, log: Log) -> list[Shard]:
     """All shards of `split` in name order, for the phase in which they may be read."""
     clock.allow(split)
+    if (cfg.dataset_dir / ".lock").is_file() and not (cfg.dataset_dir / "manifest.json").is_file():
+        raise DataError(f"{cfg.dataset_dir}: not finished; run the same prepare_data.py again")
     shards = [read_shard(p) for p in sorted(cfg.dataset_dir.glob(f"{cfg.corpus}_{split}_*.bin"))]
     if not shards:
         raise DataError(f"{cfg.dataset_dir}: no {cfg.corpus}_{split}_*.bin; make them with "
@@ -595,7 +633,8 @@ def load_tokenizer(cfg: Config):
                         f"VOCAB_SIZE={cfg.vocab_size}; prepare_data.py makes it")
     try:
         tokenizer = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError):
+        tokenizer.id_to_piece(list(range(tokenizer.vocab_size())))          # each must be text
+    except (OSError, RuntimeError, ValueError):
         raise DataError(f"{path}: not a SentencePiece model; see prepare_data.py") from None
     size, marked = tokenizer.vocab_size(), tokenizer.piece_to_id(MARK) != tokenizer.unk_id()
     if size != cfg.vocab_size or not marked:
@@ -605,6 +644,7 @@ def load_tokenizer(cfg: Config):
 
 
 MARK = "\u2581"       # SentencePiece's sign for a space before a piece
+BOS = 1             # the token that begins a document
 
 
 def target_bytes(tokens: np.ndarray, tokenizer) -> np.ndarray:
@@ -736,7 +776,8 @@ class CoprimePlan:
         if not all(type(n) is int and 0 <= n < 1 << 40 for n in place):
             raise ArtifactError("the checkpoint does not say where its data ended; train again")
         self.start_epoch(state["epoch"])
-        if len(taken) != len(self.taken) or max(taken) > self.blocks.sum():
+        most = self.blocks if len(taken) == len(self.blocks) else self.blocks.sum()
+        if len(taken) != len(self.taken) or np.any(np.array(taken) > most):
             raise ArtifactError("the checkpoint is beyond the end of the data; train again")
         self.batch, self.digest, self.taken = (
             state["batch"], state.get("digest"), np.array(taken))
@@ -852,9 +893,11 @@ class Linear(nn.Module):
         if rng:
             nn.init.orthogonal_(self.weight, generator=rng)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O) in the dtype of `x`."""
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(..., I) -> (..., O) in the dtype of `x`, times `scale` (O,) if given."""
+        # Scaling the rows of the weight gives the same and spares a pass over all outputs.
+        weight = self.weight if scale is None else self.weight * scale[:, None]
+        return F.linear(x, weight.to(x.dtype))
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -896,6 +939,14 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, D)
 
 
+class Shared(NamedTuple):
+    """What all layers read."""
+    x0: Tensor                  # (B, T, C) normed embedding, where the residual stream began
+    cos: Tensor                 # (T, 1, R) of the rotation angles
+    sin: Tensor
+    values: Tensor | None       # (B, T, K, D) embedding for the values of the last layers
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with normed, partly rotated queries and keys."""
 
@@ -908,9 +959,11 @@ class Attention(nn.Module):
         self.c_q, self.c_k, self.c_v = (Linear(C, width, rng) for width in self.widths)
         self.proj = Linear(C, C, None)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        embeds = cfg.value_embed_dim and layer >= cfg.num_layers - cfg.value_embed_last_n
+        self.value_gain = nn.Parameter(torch.ones(1)) if embeds else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], observe) -> Tensor:
-        """Attend over x (B, T, C); `observe` is shown the inputs of the matrices."""
+    def forward(self, x: Tensor, shared: Shared, scale: Tensor, observe) -> Tensor:
+        """Attend over x (B, T, C), outputs times `scale` (C,); `observe` sees matrices' inputs."""
         B, T, C = x.shape
         observe(x, *(f"{self.name}.{n}.weight" for n in ("c_q", "c_k", "c_v")))
         weight = torch.cat([                                            # one product for all three
@@ -918,16 +971,18 @@ class Attention(nn.Module):
         q, k, v = (
             h.view(B, T, -1, self.head_dim)                             # (B, T, H or K, D)
             for h in F.linear(x, weight.to(x.dtype)).split(self.widths, dim=-1))
+        if self.value_gain is not None:
+            v = v + self.value_gain.to(x.dtype) * shared.values
         gain = self.q_gain.to(x.dtype)[:, None]                         # sharpness of each head
         q, k = (
-            rotate(rms_norm(q), *rope) * gain,
-            rotate(rms_norm(k), *rope))
+            rotate(rms_norm(q), shared.cos, shared.sin) * gain,
+            rotate(rms_norm(k), shared.cos, shared.sin))
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
             is_causal=True, enable_gqa=True).transpose(1, 2)            # (B, T, H, D)
         y = (exclude_self(y, v) if self.xsa else y).reshape(B, T, C)
         observe(y, f"{self.name}.proj.weight")
-        return self.proj(y)
+        return self.proj(y, scale)
 
 
 class MLP(nn.Module):
@@ -942,12 +997,12 @@ class MLP(nn.Module):
             Linear(cfg.model_dim, hidden, rng),
             Linear(hidden, cfg.model_dim, None))
 
-    def forward(self, x: Tensor, observe) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+    def forward(self, x: Tensor, scale: Tensor, observe) -> Tensor:
+        """(B, T, C) -> (B, T, C), outputs times `scale` (C,)."""
         observe(x, f"{self.name}.fc.weight")
         h = F.leaky_relu(self.fc(x), 0.5).square()                      # (B, T, mlp_mult * C)
         observe(h, f"{self.name}.proj.weight")
-        return self.proj(h)
+        return self.proj(h, scale)
 
 
 class Block(nn.Module):
@@ -966,18 +1021,58 @@ class Block(nn.Module):
         self.ln_scale = (layer + 1) ** -0.5
         self.parallel = layer >= cfg.parallel_residual_start
 
-    def forward(self, x: Tensor, x0: Tensor, rope, observe) -> Tensor:
-        """Next residual stream from x and the normed embedding x0, all (B, T, C)."""
-        scales = self.resid_mix, self.attn_scale, self.mlp_scale
-        mix, a_scale, m_scale = (w.to(x.dtype) for w in scales)
-        h = mix[0] * x + mix[1] * x0
+    def forward(self, x: Tensor, shared: Shared, observe) -> Tensor:
+        """The next residual stream (B, T, C) from x (B, T, C)."""
+        mix = self.resid_mix.to(x.dtype)
+        h = mix[0] * x + mix[1] * shared.x0
         # Parallel layers feed both halves from one norm, GPT-J style; the others feed the MLP from
         # what attention has added.
         n = rms_norm(h) * self.ln_scale
-        u = h + a_scale * self.attn(n, rope, observe)
+        u = h + self.attn(n, shared, self.attn_scale, observe)
         if not self.parallel:
             n = rms_norm(u) * self.ln_scale
-        return u + m_scale * self.mlp(n, observe)
+        return u + self.mlp(n, self.mlp_scale, observe)
+
+
+class BigramHash(nn.Module):
+    """A table of token pairs, found by hashing, in the model's width (parameter-golf #1060)."""
+
+    def __init__(self, cfg: Config, rng: torch.Generator):
+        """The table starts at zero; its last row stands for the pair that begins a window."""
+        super().__init__()
+        self.pair_emb = nn.Parameter(torch.zeros(cfg.bigram_buckets, cfg.bigram_dim))
+        self.pair_proj = orthogonal(cfg.model_dim, cfg.bigram_dim, rng)
+        self.pair_scale = nn.Parameter(torch.full((1,), 0.05))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, C) float32."""
+        last = len(self.pair_emb) - 1
+        pairs = (36313 * tokens[:, 1:]) ^ (27191 * tokens[:, :-1])                  # (B, T - 1)
+        buckets = F.pad(pairs % last, (1, 0), value=last)                           # (B, T)
+        return F.linear(F.embedding(buckets, self.pair_emb), self.pair_proj) * self.pair_scale
+
+
+class ValueEmbedding(nn.Module):
+    """An embedding of its own for the values of the last layers (parameter-golf #1060)."""
+
+    def __init__(self, cfg: Config, rng: torch.Generator):
+        """One table for all layers that use it."""
+        super().__init__()
+        self.heads = cfg.num_kv_heads, cfg.head_dim
+        self.value_emb = nn.Parameter(torch.empty(cfg.vocab_size, cfg.value_embed_dim))
+        nn.init.normal_(self.value_emb, std=0.01, generator=rng)
+        self.value_proj = orthogonal(math.prod(self.heads), cfg.value_embed_dim, rng)
+        self.value_scale = nn.Parameter(torch.full((1,), 0.1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, K, D) float32."""
+        values = F.linear(F.embedding(tokens, self.value_emb), self.value_proj)
+        return (values * self.value_scale).unflatten(-1, self.heads)
+
+
+def orthogonal(rows: int, columns: int, rng: torch.Generator) -> nn.Parameter:
+    """A random matrix (rows, columns) with orthogonal rows or columns."""
+    return nn.Parameter(nn.init.orthogonal_(torch.empty(rows, columns), generator=rng))
 
 
 def layer_schedule(cfg: Config, looped: bool) -> tuple[list[int], list[int]]:
@@ -1007,6 +1102,9 @@ class GPT(nn.Module):
         self.tok_emb = nn.Parameter(torch.empty(cfg.vocab_size, cfg.model_dim))     # (V, C)
         nn.init.normal_(self.tok_emb, std=cfg.tied_embed_init_std, generator=rng)
         self.layers = nn.ModuleList(Block(cfg, i, rng) for i in range(cfg.num_layers))
+        self.pairs = BigramHash(cfg, rng) if cfg.bigram_buckets else None
+        self.values = ValueEmbedding(cfg, rng) if cfg.value_embed_dim else None
+        self.smear_gate = nn.Parameter(torch.zeros(cfg.model_dim)) if cfg.smear_enabled else None
         skips = len(layer_schedule(cfg, True)[0])
         self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model_dim))
         if cfg.skip_gates_enabled:
@@ -1014,6 +1112,19 @@ class GPT(nn.Module):
         angles = rotary_angles(cfg)[:, None]                                        # (T, 1, R)
         self.register_buffer("cos", angles.cos().to(dtype), persistent=False)
         self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Normed embedding of tokens (B, T) int64: (B, T, C)."""
+        x = F.embedding(tokens, self.tok_emb)
+        if self.pairs:
+            x = x + self.pairs(tokens)
+        x = rms_norm(x.to(self.dtype))
+        if self.smear_gate is None:
+            return x
+        gate = self.smear_gate.sigmoid().to(x.dtype)                                # (C,)
+        if not self.cfg.smear_across_documents:
+            gate = gate * (tokens != BOS)[..., None]                                # (B, T, C)
+        return x + gate * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
 
     def merge_skip(self, x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
         """Blend a skip, scaled by `weight` (C,), into x: a lerp by the gate, or just a sum."""
@@ -1024,18 +1135,19 @@ class GPT(nn.Module):
     def features(self, tokens: Tensor, looped: bool, observe=unobserved) -> Tensor:
         """Normed final state of every position, (B, T, C), for tokens (B, T) int64."""
         T = tokens.size(1)
-        rope = self.cos[:T], self.sin[:T]
-        x = x0 = rms_norm(F.embedding(tokens, self.tok_emb).to(self.dtype))         # (B, T, C)
+        values = self.values(tokens).to(self.dtype) if self.values else None
+        x = self.embed(tokens)                                                      # (B, T, C)
+        shared = Shared(x, self.cos[:T], self.sin[:T], values)
         encoder, decoder = layer_schedule(self.cfg, looped)
         weights, skips = self.skip_weights.unbind(), []     # unbind: one gradient, not one a row
         gates = self.skip_gates.unbind() if self.cfg.skip_gates_enabled else [None] * len(weights)
         for i in encoder:
-            x = self.layers[i](x, x0, rope, observe)
+            x = self.layers[i](x, shared, observe)
             skips.append(x)
         for j, i in enumerate(decoder):
             if skips:
                 x = self.merge_skip(x, skips.pop(), weights[j], gates[j])
-            x = self.layers[i](x, x0, rope, observe)
+            x = self.layers[i](x, shared, observe)
         x = rms_norm(x)
         observe(x, "tok_emb")
         return x
@@ -1107,7 +1219,7 @@ def choose_attention(cfg: Config, dist: Dist) -> tuple[str, torch_attention.SDPB
     for name, backend in ours:
         if attention_works(cfg, dist, backend):
             return name, backend
-    raise ConfigError("FLASH_ATTN=2: PyTorch's flash attention does not run here; set it to off")
+    raise ConfigError(f"FLASH_ATTN={cfg.flash_attn}: no such attention runs here; set it to off")
 
 
 def activate_flash(version: str, must: bool):
@@ -1142,7 +1254,8 @@ def attention_works(cfg: Config, dist: Dist, backend) -> bool:
 # ------------------------------------------------------------------------------------------------
 # Muon (Jordan et al. 2024) with unit rows before orthogonalisation (parameter-golf #1285).
 
-VECTORS = ("q_gain", "attn_scale", "mlp_scale", "resid_mix", "skip_weights", "skip_gates")
+VECTORS = ("q_gain", "attn_scale", "mlp_scale", "resid_mix", "skip_weights", "skip_gates",
+           "smear_gate", "pair_proj", "pair_scale", "value_proj", "value_scale", "value_gain")
 
 
 # The flat layout is what makes the optimiser short and fast: clipping, averaging, weight decay
@@ -1173,6 +1286,7 @@ class Flat:
         self.buffer = torch.zeros(len(self.data) + self.REPORT, device=device)
         self.grad, self.report = self.buffer[:-self.REPORT], self.buffer[-self.REPORT:]
         self.shapes = {n: tuple(named[n].shape) for n in self.names}
+        self.digest = hex_digest(*self.shapes.items())      # of what lies where
         data, grad = self.named(self.data), self.named(self.grad)
         for name, p in named.items():
             p.data, p.grad = data[name], grad[name]
@@ -1337,6 +1451,7 @@ def collect_hessians(run: "Run", batches, count: int, seconds: float = 0.0) -> d
         if seconds and done and spent * (done + 1) / done > seconds:
             run.log("hessians_cut", batches=done, wanted=count, seconds=spent)
             break
+        run.log.progress("calibrating", (done + 1) / count)
         for rows in micro_batches(batches.next(), run.cfg):
             for names, x in run.matrix_inputs(rows[:, :-1]):
                 gram = gram_matrix(x.flatten(0, 1))                                 # (I, I)
@@ -1432,8 +1547,11 @@ def quantize_model(run: "Run", weights: Tensor, hessians: dict, clip_sigmas: flo
     stacks += [
         ([n], named[n][None], (cfg.embed_bits, cfg.embed_clip_sigmas))
         for n in flat.groups["embedding"]]
-    for names, W, (bits, clip) in stacks:
-        H = torch.stack([hessians[n] for n in names])
+    for i, (names, W, (bits, clip)) in enumerate(stacks, 1):
+        run.log.progress("quantizing", i / len(stacks))
+        # A table that is only looked up is input to no product: its codes are the nearest ones.
+        eye = torch.eye(W.size(2), device=W.device)
+        H = torch.stack([hessians.get(n, eye) for n in names])
         Q, scale = quantize_stack(W, H, (bits, clip), cfg, names[0], run.log)
         for name, w, q, s in zip(names, W, Q, scale):
             tensors[name], tensors[f"{name}.scale"] = q, s
@@ -1469,6 +1587,7 @@ def dequantize(tensors: dict[str, Tensor], flat: Flat):
 # tensors' bytes, those of 16-bit ones as low halves and high halves, in segments packed apart.
 
 MAGIC, SEGMENT_BYTES, MAX_HEADER_BYTES = b"GOLF\x00\x01\r\n", 1 << 22, 1 << 20
+MOST_INFLATION = 1000       # bytes of tensors for each of the file; a trained model has about 2
 DTYPES = {str(d)[6:]: d for d in (torch.int8, torch.uint8, torch.int32, torch.int64,
                                   torch.float16, torch.float32, torch.float64)}
 
@@ -1497,6 +1616,8 @@ def write_atomic(path: Path, parts):
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f"{path.name}.*.part"):        # by a run that was killed
+            left.unlink()
         with part.open("wb") as f:
             for data in parts:
                 f.write(data)
@@ -1545,17 +1666,21 @@ def inflate(data: bytes, limit: int) -> bytes:
     return out
 
 
-def read_container(path: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
-    """(meta, tensors) of a container of `kind`; ArtifactError on damage; executes nothing."""
+def read_container(path: Path, kind: str, layout=None) -> tuple[dict, dict[str, Tensor]]:
+    """(meta, tensors) of a container of `kind`; ArtifactError on damage; executes nothing.
+
+    `layout` of the meta data says which tensors the file must hold, {name: (dtype, shape)}, no more
+    and no fewer; a file that lists others is refused before any of it is inflated.
+    """
     try:
-        return parse_container(path.read_bytes(), kind)
+        return parse_container(path.read_bytes(), kind, layout)
     except OSError as e:
         raise ArtifactError(f"{path}: cannot be read ({e.strerror}); run its stage first") from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as e:
         raise ArtifactError(f"{path}: damaged or no {kind} ({e}); make it again") from None
 
 
-def parse_container(data: bytes, kind: str) -> tuple[dict, dict[str, Tensor]]:
+def parse_container(data: bytes, kind: str, layout=None) -> tuple[dict, dict[str, Tensor]]:
     """(meta, tensors) of the bytes of a container; raises ValueError and its like on damage."""
     data = memoryview(data)
     at = len(MAGIC) + 4 + 32
@@ -1571,7 +1696,10 @@ def parse_container(data: bytes, kind: str) -> tuple[dict, dict[str, Tensor]]:
     intact = hashlib.sha256(payload).hexdigest() == header["sha256"]
     if not intact or sum(header["segments"]) != len(payload):
         raise ValueError(f"payload of {len(payload)} bytes does not match its checksum")
-    left = check_header(header)
+    sizes = tensor_sizes(header, layout and layout(header["meta"]))
+    left = sum(sizes)
+    if left > MOST_INFLATION * len(data):
+        raise ValueError(f"{left} bytes of tensors in a file of {len(data)}")
     raw, start = [], 0
     for size in header["segments"]:
         segment, limit = payload[start:start + size], min(left, SEGMENT_BYTES)
@@ -1579,33 +1707,26 @@ def parse_container(data: bytes, kind: str) -> tuple[dict, dict[str, Tensor]]:
         left, start = left - len(raw[-1]), start + size
     if left:
         raise ValueError(f"{left} bytes of the payload are missing")
-    return header["meta"], split_tensors(b"".join(raw), header)
-
-
-def check_header(header: dict) -> int:
-    """Bytes that a header's tensors take; raises ValueError unless all of it adds up."""
-    total, names = 0, [name for name, _, _ in header["tensors"]]
-    numbers = [n for _, _, shape in header["tensors"] for n in shape] + header["segments"]
-    for _, dtype, shape in header["tensors"]:
-        total += math.prod(shape) * DTYPES[dtype].itemsize
-    sound = all(type(n) is int and n >= 0 for n in numbers) and all(
-        type(n) is str for n in names)
-    if not sound or len(set(names)) != len(names) or header["bytes"] != total or (
-            total > SEGMENT_BYTES * len(header["segments"])):
-        raise ValueError("names, shapes and sizes in the header do not add up")
-    return total
-
-
-def split_tensors(raw: bytes, header: dict) -> dict[str, Tensor]:
-    """Tensors by name from the payload's bytes; raises ValueError if there are too few."""
-    tensors, at = {}, 0
-    for name, dtype, shape in header["tensors"]:
-        size = math.prod(shape) * DTYPES[dtype].itemsize
+    raw, tensors, at = b"".join(raw), {}, 0
+    for (name, dtype, shape), size in zip(header["tensors"], sizes):
         tensors[name] = from_bytes(raw[at:at + size], dtype, shape, header["compress"])
         at += size
-    if at != len(raw):
-        raise ValueError(f"tensors take {at} bytes of {len(raw)}")
-    return tensors
+    return header["meta"], tensors
+
+
+def tensor_sizes(header: dict, layout: dict | None) -> list[int]:
+    """Bytes of each tensor that a header lists; raises ValueError unless all of it adds up."""
+    listed = {name: (dtype, tuple(shape)) for name, dtype, shape in header["tensors"]}
+    if layout is not None and listed != layout:
+        name = next(n for n in {**layout, **listed} if layout.get(n) != listed.get(n))
+        raise ValueError(f"{name} is {listed.get(name)}, this model's is {layout.get(name)}")
+    numbers = [n for _, shape in listed.values() for n in shape] + header["segments"]
+    sound = all(type(n) is int and n >= 0 for n in numbers) and all(type(n) is str for n in listed)
+    sizes = [math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in listed.values()]
+    if not sound or len(listed) != len(header["tensors"]) or header["bytes"] != sum(sizes) or (
+            sum(sizes) > SEGMENT_BYTES * len(header["segments"])):
+        raise ValueError("names, shapes and sizes in the header do not add up")
+    return sizes
 
 
 def check_made_for(path: Path, meta: dict, cfg: Config):
@@ -1619,18 +1740,43 @@ def check_made_for(path: Path, meta: dict, cfg: Config):
                             f"{ours[other]}; use the settings that it was made with")
 
 
-def read_for_run(cfg: Config, kind: str, shapes: dict, numbers: tuple[str, ...]) -> tuple:
-    """(meta, tensors) of this run's checkpoint or artifact, sure to hold `shapes` and `numbers`.
+def artifact_layout(flat: Flat) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What an artifact of this model holds: codes and scales, and vectors as they are."""
+    layout = {n: ("float16", flat.shapes[n]) for n in flat.groups["vectors"]}
+    for name in flat.groups["matrices"] + flat.groups["embedding"]:
+        layout[name] = "int8", flat.shapes[name]
+        layout[f"{name}.scale"] = "float16", flat.shapes[name][:1]
+    return layout
+
+
+def checkpoint_layout(flat: Flat) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a checkpoint holds: flat weights, their average and the optimiser's memory."""
+    sizes = dict(weights=len(flat.data), average=len(flat.data),
+                 momentum=len(flat.part(flat.data, "matrices")))
+    for i, group in enumerate(("embedding", "vectors")):
+        sizes |= dict.fromkeys(
+            (f"exp_avg.{i}", f"exp_avg_sq.{i}"), len(flat.part(flat.data, group)))
+    return {**{name: ("float32", (size,)) for name, size in sizes.items()},
+            "step.0": ("float32", ()), "step.1": ("float32", ())}
+
+
+def read_for_run(run: "Run", kind: str, numbers: dict[str, type]) -> tuple:
+    """(meta, tensors) of this run's checkpoint or artifact, sure to hold `numbers` of these types.
 
     Raises ArtifactError if the file is damaged, was made for another model, or lacks any of them.
     """
-    path = cfg.run_dir / FILE_NAMES[kind]
-    meta, tensors = read_container(path, kind)
-    check_made_for(path, meta, cfg)
-    missing = [n for n, s in shapes.items() if n not in tensors or tensors[n].shape != s]
-    missing += [n for n in numbers if type(meta.get(n)) not in (int, float)]
-    if missing:
-        raise ArtifactError(f"{path}: {missing[0]} is missing or has another shape; make it again")
+    path = run.cfg.run_dir / FILE_NAMES[kind]
+    layout = {"artifact": artifact_layout, "checkpoint": checkpoint_layout}[kind](run.flat)
+
+    def expected(meta):
+        """The layout of this run's model, if the file says that it was made for it."""
+        check_made_for(path, meta, run.cfg)
+        return layout
+    meta, tensors = read_container(path, kind, expected)
+    wrong = next((n for n, kind in numbers.items()
+                  if type(meta.get(n)) is not kind or not 0 <= meta[n] < 1e15), None)   # nor NaN
+    if wrong:
+        raise ArtifactError(f"{path}: {wrong} is {meta.get(wrong)!r}; make it again")
     return meta, tensors
 
 
@@ -1673,13 +1819,14 @@ class Tally:
     def __init__(self, n: int, device: torch.device):
         """Nothing has been scored of n targets."""
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self.scored = np.zeros(n, np.int32)
+        self.scored, self.count = np.zeros(n, np.int32), 0
 
     def add(self, nll: Tensor, sizes: Tensor, windows: list[Window], seq_len: int):
         """Count nats and bytes, both (B, tail), of the targets that `windows` score."""
         self.sums[0] += nll.double().sum()
         self.sums[1] += nll.numel()
         self.sums[2] += sizes.double().sum()
+        self.count += nll.numel()
         for start, tail in windows:
             self.scored[start + seq_len - tail:start + seq_len] += 1
 
@@ -1718,6 +1865,8 @@ class Scorer:
             starts = torch.tensor(starts).to(self.run.dist.device).view(-1, size)
             for i, part in enumerate(starts):
                 self.score_batch(part, same[i * size:(i + 1) * size], tally)
+                share = min(1.0, self.run.dist.world * tally.count / len(tally.scored))
+                self.run.log.progress("scoring", share)
 
     def score_batch(self, starts: Tensor, windows: list[Window], tally: Tally):
         """Grade `windows`, which begin at the first of `starts` (B,); the rest of B is padding."""
@@ -1892,18 +2041,19 @@ def warm_up(run: Run) -> tuple[dict[bool, float], float]:
 
     for looped in (False, True):
         started = time.perf_counter()
-        seconds[looped] = fastest(dist, cfg.warmup_steps, lambda: one_step(looped))
+        run.log.progress(f"warming up the {'looped' if looped else 'plain'} step")
+        seconds[looped] = usual_seconds(dist, cfg.warmup_steps, lambda: one_step(looped))
         run.log("warm_up", graph="looped" if looped else "plain", step_ms=1000 * seconds[looped],
                 seconds=time.perf_counter() - started)
     flat.data.copy_(kept)
     loader = SimpleNamespace(next=lambda: rows)
-    batch = fastest(dist, 2, lambda: collect_hessians(run, loader, 1))
+    batch = usual_seconds(dist, 3, lambda: collect_hessians(run, loader, 1))
     run.log("warm_up", graph="calibration", batch_ms=1000 * batch)
     return seconds, batch * cfg.gptq_calibration_batches
 
 
-def fastest(dist: Dist, times: int, work) -> float:
-    """Seconds of the fastest of several calls of `work`, on the slowest rank."""
+def usual_seconds(dist: Dist, times: int, work) -> float:
+    """Median seconds of several calls of `work`, on the slowest rank; it outvotes compilation."""
     seconds = []
     for _ in range(times):
         dist.wait()
@@ -1911,7 +2061,25 @@ def fastest(dist: Dist, times: int, work) -> float:
         work()
         dist.wait()
         seconds.append(time.perf_counter() - started)
-    return dist.max(min(seconds))
+    return dist.max(sorted(seconds)[(times - 1) // 2])
+
+
+def matmul_rate(dist: Dist) -> float:
+    """Floating-point operations a second of this device in one large matrix product."""
+    n = 8192 if dist.on_cuda else 512
+    x = torch.randn(n, n, device=dist.device, dtype=dist.dtype)
+    return 2 * n ** 3 / usual_seconds(dist, 5, lambda: x @ x)
+
+
+def flops_per_token(cfg: Config, looped: bool) -> float:
+    """Floating-point operations to train on a token: 6 a weight used, and those of attention.
+
+    Attention makes 7 products of T / 2 positions with C channels, 2 forward and 5 backward.
+    """
+    C, hidden = cfg.model_dim, int(cfg.mlp_mult * cfg.model_dim)
+    layers = sum(map(len, layer_schedule(cfg, looped)))
+    layer = 2 * C * C + 2 * C * cfg.num_kv_heads * cfg.head_dim + 2 * C * hidden
+    return 6 * (layers * layer + C * cfg.vocab_size) + layers * 7 * cfg.seq_len * C
 
 
 def plan_budget(run: Run) -> tuple[float, int]:
@@ -1975,6 +2143,7 @@ class Trainer:
         self.optimizer = Optimizer(run.cfg, run.flat, run.dist)
         self.average = run.flat.data.clone()                                        # (P,)
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
+        self.ceiling = matmul_rate(run.dist)
         self.looping = self.stopping = False
         self.logged = self.saved = (0, 0.0)         # step and second of the last log and save
 
@@ -2037,15 +2206,31 @@ class Trainer:
                             "lower MATRIX_LR or TIED_EMBED_LR")
         if last or n == 1 or n % self.run.cfg.train_log_every == 0:
             self.log_step(n)
+        self.show_progress(n)
+
+    def pace(self, n: int) -> dict[str, float]:
+        """Speed between the last logged step and step n, zeros where there is none between."""
+        cfg, (step, second) = self.run.cfg, self.logged
+        steps, seconds = (n - step, self.seconds - second) if step else (0, 0.0)
+        if steps <= 0 or seconds <= 0:
+            return dict(step_ms=0.0, tokens_per_s=0, mfu=0.0)
+        rate = steps * cfg.train_batch_tokens / seconds
+        used = rate * flops_per_token(cfg, self.looping) / self.run.dist.world
+        return dict(step_ms=1000 * seconds / steps, tokens_per_s=round(rate),
+                    mfu=used / self.ceiling)
+
+    def show_progress(self, n: int):
+        """Draw where training is, how fast, and how long it will go on."""
+        speed, frac = self.pace(n), self.frac()
+        left = self.seconds * (1 - frac) / frac if frac else 0.0
+        self.run.log.progress("training", min(frac, 1.0) or 1e-9, step=n, loss=round(self.loss, 4),
+                              **speed, left_s=round(max(left, 0.0)))
 
     def log_step(self, n: int):
         """Log step n, with the pace since the last logged one; check that ranks share one plan."""
-        cfg, (step, second) = self.run.cfg, self.logged
-        pace = (self.seconds - second) / (n - step) if n > max(step, 1) else 0.0    # 0: unknown
         self.run.dist.check_same("the order of training data", self.batches.state["digest"] or "0")
-        self.run.log("step", n=f"{n}/{cfg.iterations}", train_loss=self.loss,
-                     lr_scale=self.schedule.lr_scale(self.frac()), step_ms=1000 * pace,
-                     tokens_per_s=round(cfg.train_batch_tokens / pace) if pace > 0 else 0,
+        self.run.log("step", n=f"{n}/{self.run.cfg.iterations}", train_loss=self.loss,
+                     lr_scale=self.schedule.lr_scale(self.frac()), **self.pace(n),
                      elapsed_s=self.seconds)
         self.logged = n, self.seconds
 
@@ -2064,7 +2249,7 @@ class Trainer:
         if run.dist.is_main:
             meta = dict(model=run.cfg.group("model"), seed=run.cfg.seed, step=self.step,
                         seconds=seconds, loader=self.batches.state,
-                        expected_steps=self.schedule.expected_steps)
+                        expected_steps=self.schedule.expected_steps, layout=run.flat.digest)
             tensors = dict(weights=run.flat.data, average=self.average, **self.optimizer.memory())
             path = run.cfg.run_dir / FILE_NAMES["checkpoint"]
             write_atomic(path, pack_tensors("checkpoint", meta, tensors, compress=False))
@@ -2092,15 +2277,17 @@ class Trainer:
 
 def read_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]]:
     """(meta, tensors) of this run's checkpoint, complete and made for this model."""
-    flat, sizes = run.flat, {"weights": len(run.flat.data), "average": len(run.flat.data)}
-    sizes["momentum"] = len(flat.part(flat.data, "matrices"))
-    for i, group in enumerate(("embedding", "vectors")):
-        for moment in ("exp_avg", "exp_avg_sq"):
-            sizes[f"{moment}.{i}"] = len(flat.part(flat.data, group))
-    shapes = {name: (size,) for name, size in sizes.items()} | {"step.0": (), "step.1": ()}
-    found = read_for_run(run.cfg, "checkpoint", shapes, ("step", "seconds", "expected_steps"))
+    found = read_for_run(run, "checkpoint", dict(step=int, seconds=float, expected_steps=int))
+    if found[0].get("layout") != run.flat.digest:
+        raise ArtifactError(f"{run.cfg.run_dir}: the checkpoint has its parameters in another "
+                            "order, as some other version of this program had; train again")
     if type(found[0].get("loader")) is not dict:
         raise ArtifactError(f"{run.cfg.run_dir}: the checkpoint lacks its place in the data")
+    tensors = found[1]
+    if min(tensors["step.0"], tensors["step.1"]) < 0 or not all(
+            t.isfinite().all() for t in tensors.values()):
+        raise ArtifactError(f"{run.cfg.run_dir}: the checkpoint holds numbers that no training "
+                            "leaves; train again")
     return found
 
 
@@ -2114,6 +2301,7 @@ def train_stage(run: Run) -> Trained:
     trainer = Trainer(run, batches, budget, meta["expected_steps"] if meta else expected)
     if meta:
         trainer.load(meta, tensors)
+        run.log("resume", step=trainer.step, elapsed_s=trainer.seconds)
     try:
         reason = trainer.train()
     finally:
@@ -2138,13 +2326,15 @@ def quantize_stage(run: Run, trained: Trained):
     shards = open_shards(cfg, "train", run.clock, run.log)
     batches = Batches(cfg, shards, dist, trained.loader)
     run.flat.data.copy_(trained.average)
+    matrices = run.flat.part(trained.average, "matrices").abs()
+    run.log("weights", below_mean_frac=(matrices <= matrices.mean()).float().mean().item())
     started, left = time.perf_counter(), cfg.max_wallclock_seconds - trained.seconds
     hessians = collect_hessians(run, batches, cfg.gptq_calibration_batches,
                                 max(left, 1e-9) if cfg.max_wallclock_seconds else 0.0)
     seconds = dist.max(time.perf_counter() - started)
     batches.close()
     run.log("hessians", count=len({id(H) for H in hessians.values()}),
-            batches=cfg.gptq_calibration_batches, seconds=seconds)
+            batches=batches.state["batch"] - trained.loader["batch"], seconds=seconds)
     run.clock.close_training_data(trained.seconds, trained.seconds + seconds)
     run.log("data_closed", split="train", elapsed_s=run.clock.data_seconds,
             limit_s=cfg.max_wallclock_seconds)
@@ -2173,7 +2363,9 @@ def fit_artifact(run: Run, trained: Trained, hessians: dict[str, Tensor]) -> lis
         started = time.perf_counter()
         tensors, rows = quantize_model(run, trained.average, hessians, clip)
         quantized = time.perf_counter()
-        meta = dict(model=cfg.group("model"), steps=trained.steps)
+        run.log.progress("compressing")
+        meta = dict(model=cfg.group("model"), scoring=cfg.group("scoring"), dataset=cfg.dataset,
+                    steps=trained.steps)
         parts = pack_tensors("artifact", meta, tensors, compress=True)
         size = sum(map(len, parts))
         run.log("compress", attempt=attempt, matrix_clip_sigmas=clip, model_bytes=size,
@@ -2220,6 +2412,7 @@ def open_validation(run: Run, tokenizer) -> Validation:
 def warm_up_scoring(run: Run):
     """Compile every shape that scoring and test-time training use, on random tokens."""
     cfg, device = run.cfg, run.dist.device
+    run.log.progress("warming up what scores")
     started, shape = time.perf_counter(), (cfg.eval_batch_seqs, cfg.seq_len)
     tokens = torch.randint(cfg.vocab_size, shape, device=device)
     with torch.no_grad():
@@ -2235,12 +2428,11 @@ def warm_up_scoring(run: Run):
 def eval_stage(run: Run, trained: Trained | None) -> dict:
     """Score the artifact, and the weights behind it if at hand; returns the final block."""
     cfg, clock, flat = run.cfg, run.clock, run.flat
-    coded = flat.groups["matrices"] + flat.groups["embedding"]
-    scales = {f"{n}.scale": flat.shapes[n][:1] for n in coded}
-    meta, tensors = read_for_run(cfg, "artifact", {**flat.shapes, **scales}, ("steps",))
+    meta, tensors = read_for_run(run, "artifact", dict(steps=int))
     tokenizer = load_tokenizer(cfg)
     warm_up_scoring(run)
-    clock.close_training_data(clock.train_seconds, clock.data_seconds)
+    if clock.phase == "train":                              # this run neither read nor trained
+        clock.close_training_data()
     started = time.perf_counter()
     scorer = Scorer(run, open_validation(run, tokenizer))
     clock.eval_seconds += time.perf_counter() - started
@@ -2312,6 +2504,40 @@ def log_run(cfg: Config, dist: Dist, log: Log, chosen: list[str]):
         log("config", group=group, **values)
 
 
+def summary(run: Run, attention: str) -> list[str]:
+    """What this run will do, and what makes it slow here, in plain words."""
+    cfg, dist, millions = run.cfg, run.dist, len(run.flat.data) / 1e6
+    loops = f", {cfg.loop_start} to {cfg.loop_end} of them run {cfg.num_loops + 1} times after " \
+        f"{100 * cfg.enable_looping_at:.0f} % of training" if cfg.num_loops else ""
+    limit = f"{cfg.max_wallclock_seconds:g} s" if cfg.max_wallclock_seconds else "no time limit"
+    score = f"within {cfg.eval_wallclock_seconds:g} s" if cfg.eval_wallclock_seconds else "untimed"
+    device = torch.cuda.get_device_name() if dist.on_cuda else "CPU"
+    lines = [
+        f"model: {millions:.1f} M parameters in {cfg.num_layers} layers of width {cfg.model_dim}"
+        f"{loops}; seed {cfg.seed}",
+        f"data: {cfg.dataset_dir}, {cfg.train_batch_tokens} tokens a step",
+        f"devices: {dist.world} x {device}, attention by {attention}",
+        f"stages: {cfg.stages}; {limit} for training and calibration together, after an untimed "
+        f"warm-up; scoring {score}",
+        f"result: at most {cfg.target_bytes} bytes of code and model; the model in {cfg.run_dir}; "
+        "Ctrl-C once ends training early and goes on from there"]
+    return lines + [f"slow here: {reason}" for reason in slow_parts(run, attention)]
+
+
+def slow_parts(run: Run, attention: str) -> list[str]:
+    """What keeps this machine from its best, each with a remedy."""
+    cfg, dist, found = run.cfg, run.dist, []
+    if not dist.on_cuda:
+        if len(run.flat.data) > 5e6:
+            found.append("no GPU, for which this model is made; RECIPE=demo suits a CPU")
+        return found
+    if not cfg.compile_enabled:
+        found.append("the compiler is off; set COMPILE_ENABLED=1")
+    if attention in ("efficient", "math"):
+        found.append(f"attention by the {attention} backend; newer GPUs and PyTorch have cuDNN's")
+    return found
+
+
 def run_stages(cfg: Config, chosen: list[str], dist: Dist):
     """The whole run, from the first log line to the final block."""
     log = Log(cfg, dist)
@@ -2320,6 +2546,8 @@ def run_stages(cfg: Config, chosen: list[str], dist: Dist):
     log("attention", backend=name)
     with torch_attention.sdpa_kernel(backend):
         run, trained = start_run(cfg, dist, log), None
+        for line in summary(run, name):
+            log.line(f"# {line}")
         if "train" in cfg.stages:
             trained = train_stage(run)
         if "quantize" in cfg.stages:
@@ -2348,10 +2576,17 @@ def main() -> int:
         return 0
     except GolfError as e:
         problem = str(e)
+    except OSError as e:                    # a folder that cannot be entered, a name too long
+        problem = f"{e.filename}: {e.strerror}"
     except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
+        if isinstance(e, torch.distributed.DistError) or "peer" in str(e):
+            problem = "another rank has died, its own message says why; RESUME=1 continues"
+        elif isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
+            problem = "out of memory; lower MICRO_BATCH_SEQS, EVAL_BATCH_SEQS or the model's size"
+        else:
             raise
-        problem = "out of memory; lower MICRO_BATCH_SEQS, EVAL_BATCH_SEQS or the model's size"
+    # A message may quote a file that someone else made: one line of it, and not all of a long one.
+    problem = "".join(c if c.isprintable() else " " for c in problem)[:1000]
     print(f"train_gpt: {problem}", file=sys.stderr)
     return 2
 

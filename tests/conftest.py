@@ -34,6 +34,11 @@ TINY = dict(
     parallel_residual_start=2, iterations=6, max_wallclock_seconds=0.0, train_batch_tokens=256,
     micro_batch_seqs=4, warmup_steps=0, train_log_every=2, gptq_calibration_batches=2,
     matrix_clip_sigmas=12.85, eval_stride=8, eval_batch_seqs=16, ttt_chunk_tokens=256)
+# What makes a recipe's model and scoring its own, at a size for tests.
+SMALL = dict(dataset=f"toy_sp{VOCAB}", vocab_size=VOCAB, mlp_mult=2.0, parallel_residual_start=2)
+PARTS = {name: {**values, **{k: v for k, v in SMALL.items() if k in values}}
+         for name, values in train_gpt.RECIPES.items() if name != "demo"}
+PARTS["pr1060"] |= dict(bigram_buckets=37, bigram_dim=8, value_embed_dim=8)
 WORDS = ("the model reads a page and learns from every line that it has scored before any weight "
          "may move while the clock runs and bytes are counted in the open").split()
 
@@ -125,6 +130,9 @@ class QuietLog:
     def line(self, text: str):
         """Remember a raw line."""
         self.lines.append(text)
+
+    def progress(self, what: str, frac: float = 0.0, **values):
+        """Draw nothing."""
 
     def of(self, event: str) -> list[dict]:
         """The values of all events of one name, in order."""

@@ -549,7 +549,8 @@ OTHER = dict(
     vocab_size=352, num_layers=4, model_dim=128, num_heads=2, num_kv_heads=4, mlp_mult=3.0,
     rope_dims=4, rope_base=100.0, qk_gain_init=1.0, xsa_last_n=1, logit_softcap=20.0,
     tied_embed_init_std=0.01, num_loops=2, loop_start=0, loop_end=2, parallel_residual_start=0,
-    skip_gates_enabled=False)
+    skip_gates_enabled=False, seq_len=64, bigram_buckets=8, bigram_dim=16, smear_enabled=True,
+    smear_across_documents=True, value_embed_dim=8, value_embed_last_n=1)
 
 
 def test_every_setting_of_the_model_has_another_value(cfg):

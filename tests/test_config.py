@@ -24,12 +24,13 @@ OTHER = dict(
     flash_attn="off", data_dir="corpora", dataset="notes_sp8192", loader="shuffled", seq_len=1024,
     model_dim=1024, num_heads=16, num_kv_heads=2, rope_dims=32, num_loops=1, loop_start=2,
     loop_end=6, train_batch_tokens=393216, warmup_steps=1, matrix_bits=5, embed_bits=7,
-    eval_stride=32, ttt_chunk_tokens=65536, warmdown_frac=1.0)
+    eval_stride=32, ttt_chunk_tokens=65536, warmdown_frac=1.0, bigram_buckets=2)
 
 # At least one example of every check in `checks` that compares fields or knows a range of its own:
 # settings, and what the message must begin with.
 WRONG = [
     (dict(loader="random"), "LOADER=random"),
+    (dict(bigram_buckets=1), "BIGRAM_BUCKETS=1"),
     (dict(flash_attn="5"), "FLASH_ATTN=5"),
     (dict(flash_attn=""), "FLASH_ATTN="),
     (dict(stages="eval,train"), "STAGES=eval,train"),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import stirred, stream
+from conftest import QuietLog, stirred, stream
 
 import train_gpt
 from train_gpt import DataError, Scorer, Tally, Validation, Window
@@ -145,7 +145,7 @@ def counting_run(cfg) -> SimpleNamespace:
         shapes.append((tuple(tokens.shape), tuple(targets.shape)))
         return targets.float()
     return SimpleNamespace(cfg=cfg, dist=train_gpt.Dist({}), window_nll=window_nll, shapes=shapes,
-                           flat=SimpleNamespace(data=torch.zeros(1)))
+                           flat=SimpleNamespace(data=torch.zeros(1)), log=QuietLog())
 
 
 @pytest.mark.parametrize("batch", [1, 5, 16, 100])
@@ -183,7 +183,7 @@ def test_scoring_leaves_no_trace(cfg, make_run):
 def report_of(cfg, windows: list[Window], n: int, run=None):
     """Report of a pass that scored `windows` of a stream of n targets."""
     run = run or counting_run(cfg)
-    run.log, run.clock = lambda event, **values: None, SimpleNamespace(eval_seconds=0.0)
+    run.log, run.clock = QuietLog(), SimpleNamespace(eval_seconds=0.0)
     scorer, tally = Scorer(run, stream(cfg, n)), Tally(n, torch.device("cpu"))
     scorer.score(windows, tally)
     return scorer.report("a pass", tally, 1.0)

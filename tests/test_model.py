@@ -20,6 +20,10 @@ SHAPES = {
     "no loop, no gates": dict(num_loops=0, skip_gates_enabled=False),
     "one kv head, all XSA": dict(num_kv_heads=1, xsa_last_n=3, rope_dims=16, qk_gain_init=1.5),
     "no rope, no XSA": dict(num_kv_heads=4, xsa_last_n=0, rope_dims=0, parallel_residual_start=0),
+    "pairs, smear, values": dict(
+        bigram_buckets=11, bigram_dim=8, smear_enabled=True, value_embed_dim=8, num_loops=0,
+        skip_gates_enabled=False, value_embed_last_n=2),
+    "smear across documents": dict(smear_enabled=True, smear_across_documents=True),
 }
 
 
@@ -90,10 +94,41 @@ def slow_head(queries, keys, values, xsa: bool):
     return out
 
 
-def slow_attention(cfg: Config, p: dict, layer: int, xs):
+def slow_embed(cfg: Config, p: dict, ids: list[int]):
+    """Normed embeddings of ids, with what hashed pairs add and the token before leaves behind."""
+    xs, before = [], None
+    for t, i in enumerate(ids):
+        x = p["tok_emb"][i]
+        if cfg.bigram_buckets:
+            last = cfg.bigram_buckets - 1
+            row = ((36313 * i) ^ (27191 * ids[t - 1])) % last if t else last
+            x = x + p["pairs.pair_scale"] * (p["pairs.pair_proj"] @ p["pairs.pair_emb"][row])
+        xs.append(slow_norm(x))
+    if not cfg.smear_enabled:
+        return xs
+    smeared = []
+    for t, (i, x) in enumerate(zip(ids, xs)):
+        before = xs[t - 1] if t else 0 * x
+        g = torch.sigmoid(p["smear_gate"])
+        starts = i == 1 and not cfg.smear_across_documents              # 1 begins a document
+        smeared.append(x if starts else (1 - g) * x + g * before)
+    return smeared
+
+
+def slow_values(cfg: Config, p: dict, layer: int, ids: list[int]):
+    """What the value embedding adds to the values (K D,) of each position in a layer."""
+    if not cfg.value_embed_dim or layer < cfg.num_layers - cfg.value_embed_last_n:
+        return [0.0] * len(ids)
+    gain = p[f"layers.{layer}.attn.value_gain"] * p["values.value_scale"]
+    return [gain * (p["values.value_proj"] @ p["values.value_emb"][i]) for i in ids]
+
+
+def slow_attention(cfg: Config, p: dict, layer: int, xs, ids):
     """Attention of one layer over a list of vectors (C,)."""
     D, group = cfg.model_dim // cfg.num_heads, cfg.num_heads // cfg.num_kv_heads
     name = f"layers.{layer}.attn."
+    own = [p[name + "c_v.weight"] @ x + e
+           for x, e in zip(xs, slow_values(cfg, p, layer, ids))]
     heads = []
     for h in range(cfg.num_heads):
         mine, shared = slice(h * D, (h + 1) * D), slice(h // group * D, (h // group + 1) * D)
@@ -101,7 +136,7 @@ def slow_attention(cfg: Config, p: dict, layer: int, xs):
         queries = [turn(p[name + "c_q.weight"][mine] @ x, t) * p[name + "q_gain"][h]
                    for t, x in enumerate(xs)]
         keys = [turn(p[name + "c_k.weight"][shared] @ x, t) for t, x in enumerate(xs)]
-        values = [p[name + "c_v.weight"][shared] @ x for x in xs]
+        values = [v[shared] for v in own]
         heads.append(slow_head(queries, keys, values, layer >= cfg.num_layers - cfg.xsa_last_n))
     return [p[name + "proj.weight"] @ torch.cat(y) for y in zip(*heads)]
 
@@ -112,12 +147,12 @@ def slow_mlp(p: dict, layer: int, x):
     return p[f"layers.{layer}.mlp.proj.weight"] @ torch.where(h > 0, h, 0.5 * h) ** 2
 
 
-def slow_block(cfg: Config, p: dict, layer: int, xs, x0s):
+def slow_block(cfg: Config, p: dict, layer: int, xs, x0s, ids):
     """One layer over lists of vectors: x0 mix, then attention and MLP in a row or side by side."""
     mix = p[f"layers.{layer}.resid_mix"]
     depth = 1 / math.sqrt(layer + 1)
     hs = [mix[0] * x + mix[1] * x0 for x, x0 in zip(xs, x0s)]
-    attended = slow_attention(cfg, p, layer, [slow_norm(h) * depth for h in hs])
+    attended = slow_attention(cfg, p, layer, [slow_norm(h) * depth for h in hs], ids)
     us = [h + p[f"layers.{layer}.attn_scale"] * a for h, a in zip(hs, attended)]
     bases = hs if layer >= cfg.parallel_residual_start else us
     return [u + p[f"layers.{layer}.mlp_scale"] * slow_mlp(p, layer, slow_norm(b) * depth)
@@ -134,7 +169,7 @@ def slow_order(cfg: Config, looped: bool) -> list[int]:
 
 def slow_features(cfg: Config, p: dict, ids: list[int], looped: bool):
     """Final normed states of one sequence."""
-    x0s = xs = [slow_norm(p["tok_emb"][i]) for i in ids]
+    x0s = xs = slow_embed(cfg, p, ids)
     order, stack = slow_order(cfg, looped), []
     half = len(order) // 2
     for i, layer in enumerate(order):
@@ -145,7 +180,7 @@ def slow_features(cfg: Config, p: dict, ids: list[int], looped: bool):
                 xs = [(1 - g) * (w * s) + g * x for s, x in zip(skips, xs)]
             else:
                 xs = [x + w * s for s, x in zip(skips, xs)]
-        xs = slow_block(cfg, p, layer, xs, x0s)
+        xs = slow_block(cfg, p, layer, xs, x0s, ids)
         if i < half:
             stack.append(xs)
     return [slow_norm(x) for x in xs]
@@ -164,6 +199,7 @@ def test_the_model_agrees_with_a_slow_one(shape, looped):
     model = stirred(shape)
     p = {name: value.detach() for name, value in model.named_parameters()}
     ids, targets = some_tokens(shape, 2, 7), some_tokens(shape, 2, 7)
+    ids[:, 3] = 1                                           # a document begins
     features = model.features(ids, looped)
     nll = model.token_nll(features, targets)
     for b in range(2):
@@ -320,6 +356,18 @@ def test_parameter_counts_of_the_challenge(full_model):
         attn_scale=11 * 512, mlp_scale=11 * 512, skip_weights=4096, skip_gates=4096)
     assert sum(counts.values()) == 35_944_536
     assert full_model.skip_weights.shape == (8, 512)
+
+
+@pytest.mark.parametrize("recipe,count", [
+    ("pr1876", 35_944_536), ("pr1858", 35_944_536), ("pr1060", 27_038_812)])
+def test_parameter_counts_of_the_recipes(monkeypatch, recipe, count):
+    """Each published system has as many parameters as its logs say."""
+    monkeypatch.setattr(train_gpt.nn.init, "orthogonal_", lambda weight, generator: weight)
+    cfg, _ = train_gpt.config_from_env({"RECIPE": recipe})
+    model = GPT(cfg)
+    assert sum(p.numel() for p in model.parameters()) == count
+    flat = train_gpt.Flat(model, torch.device("cpu"))       # each of them in one group
+    assert sum(map(len, flat.groups.values())) == len(flat.names)
 
 
 def test_first_loss_of_the_challenge(full_model):

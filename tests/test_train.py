@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train_gpt
-from conftest import PROGRAM, ROOT, TINY, VOCAB, run_main, write_shard
+from conftest import PARTS, PROGRAM, ROOT, TINY, VOCAB, parse_line, run_main, write_shard
 
 # From the readable program on x86-64, torch 2.13, one thread.  Other kernels may sum in another
 # order, hence 1e-4; a change of algorithm moves the later ones by far more.
@@ -143,6 +143,27 @@ def test_packed_program_gives_the_same_losses(long_run, run_program, read_log, t
     assert done.returncode == 0, done.stderr
     assert steps(log_of(packed, read_log)) == steps(events)
     assert artifact_of(packed).read_bytes() == artifact_of(env).read_bytes()
+
+
+@pytest.mark.parametrize("recipe, last, epochs", [
+    ("pr1876", "ttt", 3), ("pr1858", "ttt", 2), ("pr1060", "sliding", 0)])
+def test_each_recipe_runs_end_to_end(recipe, last, epochs, toy_env, tmp_path, monkeypatch, capsys):
+    """Each published system trains, quantizes and scores, and its log shows which one it is."""
+    own = {name.upper() for name in train_gpt.RECIPES[recipe]}
+    env = {name: value for name, value in toy_env.items() if name not in own}
+    env |= {name.upper(): str(value) for name, value in PARTS[recipe].items()}
+    code, out, err = run_main(monkeypatch, capsys, {**env, "RECIPE": recipe})
+    assert (code, err) == (0, "")
+    events = [parse_line(line) for line in out.splitlines()]
+    passes = [values["name"] for event, values in events if event == "eval"]
+    assert passes == ["raw", "ema", "quantized", "sliding", "ttt"][:4 + (last == "ttt")]
+    config = {k.lstrip("*"): v for event, values in events if event == "config"
+              for k, v in values.items()}
+    assert config["recipe"] == recipe and (not epochs or config["ttt_epochs"] == str(epochs))
+    assert config["smear_enabled"] == str(int(recipe == "pr1060"))
+    void = [float(v["below_mean_frac"]) for event, v in events if event == "weights"]
+    assert len(void) == 1 and 0.3 < void[0] < 1             # #1858's diagnostic
+    assert any(event == "loop_on" for event, _ in events) == (recipe != "pr1060")
 
 
 def test_overfits_one_batch(make_cfg, make_run):

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import stirred, stream
+from conftest import PARTS, stirred, stream
 
 import train_gpt
 from train_gpt import Scorer, Tally, Validation, eval_chunks
@@ -132,6 +132,24 @@ def test_editing_a_target_changes_no_earlier_score(make_cfg, scores, size):
         after = scores(cfg, edited(data, k, cfg))
         assert torch.equal(after[:k], before[:k]), k
         assert after[k] != before[k], k
+
+
+@pytest.mark.parametrize("recipe", PARTS)
+@pytest.mark.parametrize("across", [False, True])
+def test_no_recipe_lets_a_target_reach_back(make_cfg, scores, recipe, across):
+    """The same of every recipe's model, learning or not; a document's first token is a target too.
+
+    `across` is #1060's own form of its smear gate, which mixes documents.
+    """
+    cfg = make_cfg(**{**SHORT, **PARTS[recipe], "smear_across_documents": across})
+    data = stream(cfg, N)
+    data.tokens[[5, 6, 20]] = train_gpt.BOS
+    before = scores(cfg, data)
+    for k in range(0, N, 3):
+        after = scores(cfg, edited(data, k, cfg))
+        assert torch.equal(after[:k], before[:k]) and after[k] != before[k], k
+    still = make_cfg(**{**SHORT, **PARTS[recipe], "ttt_lr": 0.0})
+    assert torch.equal(scores(still, data), scores(still, data, False))
 
 
 def test_a_target_teaches_the_chunks_after_its_own(make_cfg, scores):
