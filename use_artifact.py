@@ -39,7 +39,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -842,11 +842,19 @@ def output_path(args: argparse.Namespace, usual: Path) -> Path:
 
 def write(path: Path, data: bytes):
     """Write a file, whole or not at all; raises UseError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        train_gpt.write_atomic(path, [data])
-    except ArtifactError as e:
-        reason = getattr(e.__context__, "strerror", None) or str(e)
+        with part.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        reason = e.strerror or e
         raise UseError(f"{path}: cannot be written ({reason}); name another with --out") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def run_sample(args: argparse.Namespace) -> int:
