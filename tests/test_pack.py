@@ -26,7 +26,7 @@ import pack  # noqa: E402  (the repository is no installed package)
 TRAIN = ROOT / "train_gpt.py"
 PACKED_TRAIN = ROOT / "packed" / "train_gpt.py"
 TARGET_CODE_BYTES = 16_000      # aim of pack.py; the program is larger, see the README
-MOST_CODE_BYTES = 27_000        # where it stands, rounded up: growth beyond it needs a reason
+MOST_CODE_BYTES = 27_500        # where it stands, rounded up: growth beyond it needs a reason
 
 TOY = '''\
 #!/usr/bin/env python3

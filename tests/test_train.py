@@ -2,12 +2,16 @@
 import json
 import math
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,6 +147,64 @@ def test_packed_program_gives_the_same_losses(long_run, run_program, read_log, t
     assert done.returncode == 0, done.stderr
     assert steps(log_of(packed, read_log)) == steps(events)
     assert artifact_of(packed).read_bytes() == artifact_of(env).read_bytes()
+
+
+def test_a_terminal_shows_progress_and_the_log_does_not(toy_env, tmp_path):
+    """On a terminal a last line redraws itself with step, speed and time left; files are clean."""
+    ours, theirs = pty.openpty()
+    shown = []
+
+    def watch():
+        """Read what the terminal gets, until nobody writes to it any more."""
+        with suppress(OSError):
+            while data := os.read(ours, 4096):
+                shown.append(data)
+    reader = threading.Thread(target=watch)
+    reader.start()
+    env = {**toy_env, "WARMUP_STEPS": "1", "ITERATIONS": "60", "COLUMNS": "120",
+           "PATH": os.environ["PATH"]}
+    done = subprocess.run([sys.executable, str(PROGRAM)], env=env, cwd=tmp_path, stderr=theirs,
+                          stdout=subprocess.PIPE, timeout=60)
+    os.close(theirs)
+    reader.join(timeout=10)
+    drawn = b"".join(shown).decode()
+    assert done.returncode == 0 and b"\r" not in done.stdout
+    for word in ("warming up", "training", "step ", "tokens_per_s ", "mfu ", "left_s ",
+                 "compressing"):
+        assert word in drawn, word
+    log = (tmp_path / "logs" / "pr1876_seed1337.txt").read_text()
+    assert "\r" not in log and "warming up" not in log and log == done.stdout.decode()
+
+
+def test_a_run_says_first_what_it_will_do(long_run, read_log):
+    """Before any data is read, plain words: model, data, devices, stages, result; no complaint."""
+    env, _ = long_run
+    text = next((Path(env["OUT_DIR"]) / "logs").glob("*.txt")).read_text()
+    words = [line for line in text.splitlines() if line.startswith("# ")]
+    assert [w.split()[1] for w in words] == ["model:", "data:", "devices:", "stages:", "result:"]
+    assert text.index(words[-1]) < text.index("data split=train")
+    assert env["DATASET"] in words[1] and "CPU" in words[2]
+
+
+@pytest.mark.parametrize("settings, complaint", [
+    ({}, "no GPU"), (dict(on_cuda=True, compile_enabled=False), "compiler is off"),
+    (dict(on_cuda=True, attention="math"), "attention by the math backend"),
+    (dict(on_cuda=True, attention="cudnn"), None)])
+def test_what_slows_a_machine_down_is_told(settings, complaint):
+    """Each thing that keeps a machine from its best is named with a remedy, and nothing else."""
+    attention = settings.get("attention", "cudnn")
+    run = SimpleNamespace(
+        cfg=train_gpt.Config(compile_enabled=settings.get("compile_enabled", True)),
+        dist=SimpleNamespace(on_cuda=settings.get("on_cuda", False)),
+        flat=SimpleNamespace(data=torch.empty(1, device="meta").expand(36_000_000)))
+    told = train_gpt.slow_parts(run, attention)
+    assert len(told) == (complaint is not None) and all(complaint in t for t in told)
+
+
+def test_flops_are_those_of_the_spec():
+    """296 and 444 million operations a token for the challenge's model, plain and looped."""
+    found = [train_gpt.flops_per_token(train_gpt.Config(), looped) / 1e6 for looped in (0, 1)]
+    assert found == pytest.approx([296, 444], abs=0.5)
 
 
 @pytest.mark.parametrize("recipe, last, epochs", [
