@@ -50,8 +50,8 @@ from torch.nn import attention as torch_attention
 # ------------------------------------------------------------------------------------------------
 # Configuration: every knob of a run, typed, checked, and settable by its upper-case name
 # ------------------------------------------------------------------------------------------------
-# Defaults are parameter-golf #1876; `RECIPES` holds what others change: #1858 (its training; its byte
-# mixture is in experiments/), #1060 (an earlier record, with tables of pairs and values and no
+# Defaults are parameter-golf #1876; `RECIPES` holds what others change: #1858 (without its byte
+# mixture, see experiments/), #1060 (an earlier record, with tables of pairs and values and without
 # recurrence) and a demo for laptops.  Constants tuned there for a run of 4,550 steps (momentum
 # warm-up 1,500 steps, averaging over 286) are fractions here, so that short runs behave alike.
 
@@ -224,8 +224,8 @@ class Config:
 GROUPS = dict(recipe="run", data_dir="data", vocab_size="model", iterations="training",
               tied_embed_lr="optimizer", matrix_bits="quantization", eval_stride="scoring")
 
-# Durations that #1060 gives in steps (warm-down 3,500, momentum 1,500, average over 333) are parts of
-# its 6,700 here; its rotary base is what its length rule made of 10,000 in every run.
+# What #1060 gives in steps (warm-down 3,500, momentum 1,500, average over 333) is here in parts of
+# its 6,700; its rotary base is what its length rule made of 10,000 in every run.
 RECIPES = {
     "pr1876": {},
     "pr1858": dict(ttt_epochs=2),
