@@ -899,7 +899,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """(..., I) -> (..., O) in the dtype of `x`, times `scale` (O,) if given."""
-        # Scaling the rows of the weight gives the same and spares a pass over all outputs.
+        # Scaling the rows of the weight gives the same and spares a pass over all outputs, and
+        # another one over their gradients: 3 ms of a looped step (bench/RESULTS.md).
         weight = self.weight if scale is None else self.weight * scale[:, None]
         return F.linear(x, weight.to(x.dtype))
 
@@ -975,6 +976,7 @@ class Attention(nn.Module):
         q, k, v = (
             h.view(B, T, -1, self.head_dim)                             # (B, T, H or K, D)
             for h in F.linear(x, weight.to(x.dtype)).split(self.widths, dim=-1))
+        # Here and not later, as exclusive attention is to see the value that is attended to.
         if self.value_gain is not None:
             v = v + self.value_gain.to(x.dtype) * shared.values
         gain = self.q_gain.to(x.dtype)[:, None]                         # sharpness of each head
@@ -1125,6 +1127,8 @@ class GPT(nn.Module):
         x = rms_norm(x.to(self.dtype))
         if self.smear_gate is None:
             return x
+        # A document's first token has nothing before it: what stands there is another document,
+        # which #1060 let through (mended by #1851).
         gate = self.smear_gate.sigmoid().to(x.dtype)                                # (C,)
         if not self.cfg.smear_across_documents:
             gate = gate * (tokens != BOS)[..., None]                                # (B, T, C)
@@ -1142,6 +1146,9 @@ class GPT(nn.Module):
         values = self.values(tokens).to(self.dtype) if self.values else None
         x = self.embed(tokens)                                                      # (B, T, C)
         shared = Shared(x, self.cos[:T], self.sin[:T], values)
+        # The first half leaves its states on a stack, the second half takes them off again, so that
+        # first meets last.  More layers run once recurrence is on, and then more rows of the skips
+        # are used: what a row stands for changes at that moment, as in #1493.
         encoder, decoder = layer_schedule(self.cfg, looped)
         weights, skips = self.skip_weights.unbind(), []     # unbind: one gradient, not one a row
         gates = self.skip_gates.unbind() if self.cfg.skip_gates_enabled else [None] * len(weights)
@@ -1326,6 +1333,8 @@ def orthogonalize(G: Tensor, steps: int, row_normalize: bool, dtype: torch.dtype
     Args: G (N, O, I), not modified; `row_normalize` first scales each row to unit length.
     Returns: (N, O, I) in `dtype`, singular values roughly within 0.7 and 1.2.
     """
+    # Coefficients of Jordan et al.: small singular values grow as fast as they can, at the price of
+    # ending near 1 and not at it.
     a, b, c = 3.4445, -4.7750, 2.0315
     if row_normalize:
         G = G / G.norm(dim=2, keepdim=True).clamp_min(1e-7)
@@ -1620,6 +1629,8 @@ def write_atomic(path: Path, parts):
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # The file appears under its name by a rename, once all of it is on the disk.  A run that is
+        # killed before leaves its part behind, which nothing ever reads.
         for left in path.parent.glob(f"{path.name}.*.part"):        # by a run that was killed
             left.unlink()
         with part.open("wb") as f:
@@ -1724,6 +1735,8 @@ def tensor_sizes(header: dict, layout: dict | None) -> list[int]:
     if layout is not None and listed != layout:
         name = next(n for n in {**layout, **listed} if layout.get(n) != listed.get(n))
         raise ValueError(f"{name} is {listed.get(name)}, this model's is {layout.get(name)}")
+    # Whatever the header says is compared before a byte is inflated: a file of some hundred bytes
+    # may stand for gigabytes of zeros.
     numbers = [n for _, shape in listed.values() for n in shape] + header["segments"]
     sound = all(type(n) is int and n >= 0 for n in numbers) and all(type(n) is str for n in listed)
     sizes = [math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in listed.values()]
@@ -1777,6 +1790,8 @@ def read_for_run(run: "Run", kind: str, numbers: dict[str, type]) -> tuple:
         check_made_for(path, meta, run.cfg)
         return layout
     meta, tensors = read_container(path, kind, expected)
+    # A checksum finds damage, not forgery: numbers that a run computes with must be sane as well,
+    # or a clock that starts below zero would grant more time.
     wrong = next((n for n, kind in numbers.items()
                   if type(meta.get(n)) is not kind or not 0 <= meta[n] < 1e15), None)   # nor NaN
     if wrong:
@@ -1985,6 +2000,7 @@ class Run(NamedTuple):
 
 def start_run(cfg: Config, dist: Dist, log: Log) -> Run:
     """Build the model with its initial weights on this rank's device."""
+    # Equal parts on all ranks keep the mean of ranks equal to the mean of sequences.
     if cfg.batch_seqs % dist.world:
         raise ConfigError(f"WORLD_SIZE={dist.world} does not divide the {cfg.batch_seqs} sequences "
                           f"of TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}; change one of them")
@@ -2043,6 +2059,8 @@ def warm_up(run: Run) -> tuple[dict[bool, float], float]:
         train_step(run, rows, looped, (0.0, 0.0))
         optimizer.step(1.0, cfg.muon_momentum)
 
+    # Weights move in these steps, on tokens without meaning, so that the compiled graphs and the
+    # kernels that they chose are those of training; they are put back below.
     for looped in (False, True):
         started = time.perf_counter()
         run.log.progress(f"warming up the {'looped' if looped else 'plain'} step")
@@ -2218,6 +2236,7 @@ class Trainer:
         steps, seconds = (n - step, self.seconds - second) if step else (0, 0.0)
         if steps <= 0 or seconds <= 0:
             return dict(step_ms=0.0, tokens_per_s=0, mfu=0.0)
+        # mfu: what the model needs, over what this device does in one large product of matrices.
         rate = steps * cfg.train_batch_tokens / seconds
         used = rate * flops_per_token(cfg, self.looping) / self.run.dist.world
         return dict(step_ms=1000 * seconds / steps, tokens_per_s=round(rate),
@@ -2327,9 +2346,11 @@ def load_trained(run: Run) -> Trained:
 def quantize_stage(run: Run, trained: Trained):
     """Calibrate on the training batches that come next, quantize, and leave the artifact."""
     cfg, dist = run.cfg, run.dist
+    # Calibration goes on where training ended: batches that no step has learnt from.
     shards = open_shards(cfg, "train", run.clock, run.log)
     batches = Batches(cfg, shards, dist, trained.loader)
     run.flat.data.copy_(trained.average)
+    # The diagnostic of #1858, its "void fraction": 0.575 for a normal distribution.
     matrices = run.flat.part(trained.average, "matrices").abs()
     run.log("weights", below_mean_frac=(matrices <= matrices.mean()).float().mean().item())
     started, left = time.perf_counter(), cfg.max_wallclock_seconds - trained.seconds
