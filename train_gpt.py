@@ -488,7 +488,6 @@ class Log:
                 self.file = None                            # full disk, or nobody reads the console
                 raise ConfigError(f"{self.path} or the console: {e.strerror}") from None
 
-
     def progress(self, what: str, frac: float = 0.0, **values):
         """Say on a terminal, a few times a second, that `what` is at work and `frac` of it done."""
         if self.on_terminal and (not frac or time.perf_counter() - self.drawn > 0.2):
@@ -2456,7 +2455,7 @@ def eval_stage(run: Run, trained: Trained | None) -> dict:
     meta, tensors = read_for_run(run, "artifact", dict(steps=int))
     tokenizer = load_tokenizer(cfg)
     warm_up_scoring(run)
-    if clock.phase == "train":                              # this run neither read nor trained
+    if clock.phase == "train":                              # this run has not calibrated
         clock.close_training_data()
     started = time.perf_counter()
     scorer = Scorer(run, open_validation(run, tokenizer))

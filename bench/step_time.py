@@ -182,11 +182,6 @@ def attention_flops(cfg: Config, looped: bool) -> int:
     return len(layers_run(cfg, looped)) * 7 * 2 * half * width
 
 
-def flops_per_token(run: Run, looped: bool) -> int:
-    """Model FLOPs of one token in one step."""
-    return product_flops(products(run, looped)) + attention_flops(run.cfg, looped)
-
-
 def layer_elements(cfg: Config, layer: int) -> int:
     """Elements a token that must pass through memory around the products of one layer, both ways.
 
@@ -667,7 +662,7 @@ def report_step(bench: Bench, graph: str) -> StepTimes:
     phases = time_phases(dist, step_phases(bench, looped), bench.calls)
     program_ms, loader = time_program(bench, looped), bench.trainer.batches
     times = StepTimes(phases, loader.waited_ms(bench.calls), loader.pace_ms(bench.calls))
-    flops, step_ms = flops_per_token(bench.run, looped), phases[-1]
+    flops, step_ms = train_gpt.flops_per_token(bench.run.cfg, looped), phases[-1]
     rate = bench.tokens * flops / step_ms * 1000
     say("", f"{graph}: {step_ms:.2f} ms a step, {1000 * bench.tokens / step_ms:,.0f} tokens/s, "
         f"{flops / 1e6:.4g} MFLOP a token, {rate / 1e12:.4g} TFLOP/s = "

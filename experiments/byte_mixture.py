@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_gpt  # noqa: E402
 from train_gpt import ConfigError, GolfError, Run, Scorer, Validation  # noqa: E402
-from use_artifact import open_artifact  # noqa: E402
+from use_artifact import Parser, open_artifact, write  # noqa: E402
 
 
 # ------------------------------------------------------------------------------------------------
@@ -509,16 +509,8 @@ def forms(ttt: bool, hijack: float) -> list[Form]:
             Form("normalised: mixed along the token trie", "sums to 1", normalised)]
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that tells a wrong command line like any other bad input."""
-
-    def error(self, message: str):
-        """Raise ConfigError."""
-        raise ConfigError(f"{message}; see --help")
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line; raises ConfigError."""
+    """Parse the command line; raises UseError."""
     parser = Parser(prog="byte_mixture.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -632,7 +624,7 @@ def main(argv: list[str] | None = None) -> int:
         text = report(args)
         print(text, end="")
         if args.report:
-            train_gpt.write_atomic(args.report, [text.encode()])
+            write(args.report, text.encode())
         return 0
     except GolfError as e:
         print(f"byte_mixture: {e}", file=sys.stderr)

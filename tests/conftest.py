@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+import tracemalloc
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""     # the claims are about the CPU, wherever tests run
@@ -168,21 +170,53 @@ def stream(cfg: train_gpt.Config, n: int, seed: int = 0) -> train_gpt.Validation
     return train_gpt.Validation(tokens, sizes)
 
 
+def set_stage(patch: pytest.MonkeyPatch, env: dict, *args: str):
+    """Let this process be one that was started under `env` alone, as train_gpt.py with `args`."""
+    for name in set(os.environ) - {"PATH", "HOME"}:
+        patch.delenv(name)
+    for name, value in env.items():
+        patch.setenv(name, str(value))
+    patch.setattr(sys, "argv", ["train_gpt.py", *args])
+    patch.setitem(sys.modules, "pack", None)            # packing for one log line takes a second
+
+
 def run_main(monkeypatch, capsys, env: dict, *args: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of `main()` in this process under `env` alone."""
-    for name in set(os.environ) - {"PATH", "HOME"}:
-        monkeypatch.delenv(name)
-    for name, value in env.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *args])
-    monkeypatch.setitem(sys.modules, "pack", None)      # packing for one log line takes a second
+    set_stage(monkeypatch, env, *args)
     code = train_gpt.main()
     return code, *capsys.readouterr()
+
+
+@contextmanager
+def memory_below(most: int):
+    """Fail if what happens inside takes `most` bytes of memory or more."""
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < most, f"{peak} bytes"
 
 
 # ------------------------------------------------------------------------------------------------
 # Runs in processes of their own
 # ------------------------------------------------------------------------------------------------
+
+# For programs that tests start with `python -c`: die by SIGKILL right before the count-th call of
+# any of some functions of `os`.
+ARM = """
+import os, signal
+def arm(steps, count):
+    for step in steps:
+        def count_down(*args, real=getattr(os, step), **kwargs):
+            nonlocal count
+            count -= 1
+            if count == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+        setattr(os, step, count_down)
+"""
 
 @pytest.fixture(scope="session")
 def toy_settings(toy_data) -> dict[str, str]:

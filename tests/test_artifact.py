@@ -9,7 +9,6 @@ import json
 import os
 import resource
 import tempfile
-import tracemalloc
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ import pytest
 import torch
 
 import train_gpt
+from conftest import memory_below
 from train_gpt import MAGIC, ArtifactError, pack_tensors, read_container, write_atomic
 
 DTYPES = tuple(train_gpt.DTYPES.values())
@@ -111,18 +111,6 @@ def refuse(data: bytes, kind: str = "artifact") -> str:
         read(data, kind)
     assert str(caught.value).startswith("some/model.golf: ")
     return str(caught.value)
-
-
-@contextmanager
-def little_memory():
-    """Fail if what happens inside takes more memory than a small file may take."""
-    tracemalloc.start()
-    try:
-        yield
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < BOUND, f"{peak} bytes"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -357,7 +345,7 @@ ODD = (None, True, -1, 0, 1, 2 ** 31, 2 ** 63, 10 ** 30, 1e300, 0.5, float("nan"
 def test_fields_of_any_type_are_refused(compress, field, value):
     """A header whose field has another type or no sense is refused, in little memory."""
     header, payload = split(pack(compress=compress))
-    with little_memory():
+    with memory_below(BOUND):
         refuse(forge(header, payload, **{field: value}))
 
 
@@ -431,7 +419,7 @@ def test_listings_that_lie_are_refused(compress, lie):
     header, payload = split(pack(compress=compress))
     honest = header["tensors"]
     at = next(i for i, (name, *_) in enumerate(honest) if name == "q")
-    with little_memory():
+    with memory_below(BOUND):
         refuse(forge(header, payload,
                                      tensors=[*honest[:at], lie, *honest[at + 1:]]))
 
@@ -457,7 +445,7 @@ def test_a_header_that_is_a_bomb_is_refused():
     text = brotli.compress(b" " * (500 << 20), quality=1)
     assert len(text) < 100_000
     data = b"".join([MAGIC, len(text).to_bytes(4, "little"), hashlib.sha256(text).digest(), text])
-    with little_memory():
+    with memory_below(BOUND):
         refuse(data)
 
 
@@ -466,14 +454,14 @@ def test_a_segment_that_is_a_bomb_is_refused():
     bomb = brotli.compress(bytes(500 << 20), quality=1)
     header, _ = split(pack())
     for size in (2 ** 20, 500 << 20, 10 ** 15):
-        with little_memory():
+        with memory_below(BOUND):
             refuse(forge(header, bomb, segments=[len(bomb)], bytes=size))
 
 
 def test_many_segments_that_are_bombs_are_refused():
     """Segments of 14 bytes that inflate to 4 MiB each are refused before memory is full."""
     bomb, (header, _) = brotli.compress(bytes(train_gpt.SEGMENT_BYTES)), split(pack())
-    with little_memory():
+    with memory_below(BOUND):
         refuse(forge(header, bomb * 32, segments=[len(bomb)] * 32, bytes=10 ** 15))
 
 
@@ -482,7 +470,7 @@ def test_segments_that_go_back_are_refused():
     data = pack(dict(a=torch.zeros(1 << 20, dtype=torch.int8)), compress=False)
     header, payload = split(data)
     n = len(payload)
-    with little_memory():
+    with memory_below(BOUND):
         refuse(forge(header, payload, segments=[n, -n] * 64 + [n]))
 
 
@@ -525,7 +513,7 @@ def test_a_thousand_lies(monkeypatch, compress):
     monkeypatch.setattr(train_gpt, "SEGMENT_BYTES", 64)
     rng, outcomes = np.random.default_rng(1), {True: 0, False: 0}
     honest, payload = split(pack(compress=compress))
-    with little_memory():
+    with memory_below(BOUND):
         for n in range(1500):
             header, body, i = honest, payload, int(rng.integers(len(payload)))
             if n % 3:

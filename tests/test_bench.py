@@ -52,8 +52,10 @@ def test_flops_of_the_default_model(monkeypatch):
     """The counts that the measuring protocol states: 296 MFLOP a token plain, 444 looped."""
     monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda weight, generator: weight)
     run = start()
-    millions = [round(step_time.flops_per_token(run, looped) / 1e6) for looped in (False, True)]
-    assert millions == [296, 444]
+    counts = [step_time.product_flops(step_time.products(run, looped))
+              + step_time.attention_flops(run.cfg, looped) for looped in (False, True)]
+    assert [round(count / 1e6) for count in counts] == [296, 444]
+    assert counts == [train_gpt.flops_per_token(run.cfg, looped) for looped in (False, True)]
 
 
 def test_products_are_all_matrices_and_the_head(tiny_bench):

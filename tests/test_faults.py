@@ -21,7 +21,7 @@ import pytest
 import prepare_data
 import submit
 import train_gpt
-from conftest import PROGRAM, ROOT, VOCAB, finish, prose, run_main
+from conftest import ARM, PROGRAM, ROOT, VOCAB, finish, prose, run_main
 
 WRAPPER = """
 import os, resource, runpy, sys
@@ -41,7 +41,7 @@ os._exit(code)
 """
 
 # Forks a child for every order that it reads, so that a run starts without importing torch again.
-NURSERY = """
+NURSERY = ARM + """
 import json, os, resource, signal, sys, traceback
 sys.path.insert(0, sys.argv[1])
 import brotli, sentencepiece, torch, torch._dynamo
@@ -49,23 +49,14 @@ import prepare_data, train_gpt
 sys.modules["pack"] = None                      # packing for one log line takes seconds
 torch.set_num_threads(1)
 
-def arm(step, count):
-    real = getattr(os, step)
-    def count_down(*args, **kwargs):
-        nonlocal count
-        count -= 1
-        if count == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    setattr(os, step, count_down)
-
 def work(order):
     console = os.open(order["console"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     os.dup2(console, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "dies_before" in order:
-        arm(*order["dies_before"])
+        step, count = order["dies_before"]
+        arm([step], count)
     if "largest" in order:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest"],) * 2)
     if "dies_of_size" in order:

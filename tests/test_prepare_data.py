@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import prepare_data  # noqa: E402
+from conftest import ARM  # noqa: E402
 
 WORDS = ("the model reads a page and learns from every line that it has scored before any weight "
          "may move while the clock runs and bytes are counted in the open").split()
@@ -463,20 +464,10 @@ def test_every_damage_is_noticed_and_mended(tmp_path, capsys):
         assert read_tree(data_dir) == before, name
 
 
-KILLER = """
-import os, signal, sys, prepare_data
+KILLER = ARM + """
+import sys, prepare_data
 first, data_dir, files = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
-def arm(module, name):
-    real = getattr(module, name)
-    def count_down(*args, **kwargs):
-        global first
-        first -= 1
-        if first == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    setattr(module, name, count_down)
-for step in ("fsync", "replace", "unlink"):
-    arm(os, step)
+arm(["fsync", "replace", "unlink"], first)
 sys.exit(prepare_data.main(["text", *files, "--data-dir", data_dir, "--vocab-size", "330"]))
 """
 
