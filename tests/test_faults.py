@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import prepare_data
 import submit
 import train_gpt
 from conftest import ARM, PROGRAM, ROOT, VOCAB, finish, prose, run_main
