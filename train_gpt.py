@@ -9,8 +9,9 @@ in bits per byte on held-out text, learning from each chunk only after it has be
 
 `python train_gpt.py --help` lists every setting; each is an environment variable.
 
-Sections: Configuration, Ranks and logging, Tokens, Batches, Model, Optimizer, Quantization,
-Artifact, Evaluation, Test-time training, Training, Main, in the order in which data meets them.
+Sections: Configuration, Ranks and logging, Tokens, Batches, Model, Kernels, Optimizer,
+Quantization, Artifact, Evaluation, Test-time training, Training, Main, in the order in which data
+meets them.
 
 Shapes: B sequences, T positions, C model width, H query heads, K kv heads, G = H/K, D head width,
         V vocabulary;  N matrices of one shape, O and I their out and in features;  S shards.
@@ -35,6 +36,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -45,6 +47,13 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import attention as torch_attention
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:         # PyTorch for CPUs comes without it, and runs no kernel
+    triton, tl = None, SimpleNamespace(constexpr=None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -95,6 +104,7 @@ class Config:
     out_dir: str = "."  # where logs/ and runs/ are written
     stages: str = "train,quantize,eval"  # what to do, in this order; each reads what the last left
     compile_enabled: bool = True  # torch.compile on CUDA devices; a CPU always runs eagerly
+    kernels_enabled: bool = True  # own Triton kernels on GPUs that have room for them
     flash_attn: str = "auto"  # installed FlashAttention to use: 3, 4, 2 (PyTorch's own), auto, off
     checkpoint_seconds: float = 0.0  # seconds between resumable checkpoints; 0: at the end
     resume: bool = False  # continue the training that this run's checkpoint was saved from
@@ -896,12 +906,15 @@ class Linear(nn.Module):
         if rng:
             nn.init.orthogonal_(self.weight, generator=rng)
 
+    def cast(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+        """The weight (O, I) in `dtype`, its rows times `scale` (O,) if given."""
+        # Scaling the rows is scaling the outputs, and spares a pass over all of those and another
+        # one over their gradients: 3 ms of a looped step (bench/RESULTS.md).
+        return (self.weight if scale is None else self.weight * scale[:, None]).to(dtype)
+
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """(..., I) -> (..., O) in the dtype of `x`, times `scale` (O,) if given."""
-        # Scaling the rows of the weight gives the same and spares a pass over all outputs, and
-        # another one over their gradients: 3 ms of a looped step (bench/RESULTS.md).
-        weight = self.weight if scale is None else self.weight * scale[:, None]
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, self.cast(x.dtype, scale))
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -930,6 +943,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rest], dim=-1)
 
 
+def split_heads(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values of all heads; the first two normed and turned, queries sharpened.
+
+    Args: x (B, T, H + 2 K, D); gain (H,), a query's length over that of a key; cos, sin (T, 1, R).
+    Returns: q (B, T, H, D), k (B, T, K, D), v (B, T, K, D).
+    """
+    H = len(gain)
+    K = (x.size(2) - H) // 2
+    q, k, v = x.split([H, K, K], dim=2)
+    return (rotate(rms_norm(q), cos, sin) * gain.to(x.dtype)[:, None],
+            rotate(rms_norm(k), cos, sin), v)
+
+
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     """Remove from each head's output its component along the token's own value.
 
@@ -943,12 +969,22 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, D)
 
 
+def squared_mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Two products around leaky_relu(.)^2; its slope 0.5 keeps gradients on the negative side.
+
+    Args: x (B, T, C); up (O, C); down (C, O).  Returns: hidden (B, T, O), output (B, T, C).
+    """
+    h = F.leaky_relu(F.linear(x, up), 0.5).square()
+    return h, F.linear(h, down)
+
+
 class Shared(NamedTuple):
     """What all layers read."""
     x0: Tensor                  # (B, T, C) normed embedding, where the residual stream began
     cos: Tensor                 # (T, 1, R) of the rotation angles
     sin: Tensor
     values: Tensor | None       # (B, T, K, D) embedding for the values of the last layers
+    fused: bool                 # whether kernels do what they can
 
 
 class Attention(nn.Module):
@@ -958,9 +994,9 @@ class Attention(nn.Module):
         """Weights of layer `layer`."""
         super().__init__()
         C, D, K = cfg.model_dim, cfg.head_dim, cfg.num_kv_heads
-        self.widths, self.head_dim = (C, K * D, K * D), D
+        self.head_dim = D
         self.xsa, self.name = layer >= cfg.num_layers - cfg.xsa_last_n, f"layers.{layer}.attn"
-        self.c_q, self.c_k, self.c_v = (Linear(C, width, rng) for width in self.widths)
+        self.c_q, self.c_k, self.c_v = (Linear(C, width, rng) for width in (C, K * D, K * D))
         self.proj = Linear(C, C, None)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         embeds = cfg.value_embed_dim and layer >= cfg.num_layers - cfg.value_embed_last_n
@@ -972,26 +1008,24 @@ class Attention(nn.Module):
         observe(x, *(f"{self.name}.{n}.weight" for n in ("c_q", "c_k", "c_v")))
         weight = torch.cat([                                            # one product for all three
             self.c_q.weight, self.c_k.weight, self.c_v.weight])
-        q, k, v = (
-            h.view(B, T, -1, self.head_dim)                             # (B, T, H or K, D)
-            for h in F.linear(x, weight.to(x.dtype)).split(self.widths, dim=-1))
+        qkv = F.linear(x, weight.to(x.dtype)).view(                     # (B, T, H + 2 K, D)
+            B, T, -1, self.head_dim)
+        split, exclude = (FusedHeads.apply, FusedExclusion.apply) if shared.fused else (
+            split_heads, exclude_self)
+        q, k, v = split(qkv, self.q_gain, shared.cos, shared.sin)
         # Here and not later, as exclusive attention is to see the value that is attended to.
         if self.value_gain is not None:
             v = v + self.value_gain.to(x.dtype) * shared.values
-        gain = self.q_gain.to(x.dtype)[:, None]                         # sharpness of each head
-        q, k = (
-            rotate(rms_norm(q), shared.cos, shared.sin) * gain,
-            rotate(rms_norm(k), shared.cos, shared.sin))
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
             is_causal=True, enable_gqa=True).transpose(1, 2)            # (B, T, H, D)
-        y = (exclude_self(y, v) if self.xsa else y).reshape(B, T, C)
+        y = (exclude(y, v) if self.xsa else y).reshape(B, T, C)
         observe(y, f"{self.name}.proj.weight")
         return self.proj(y, scale)
 
 
 class MLP(nn.Module):
-    """Two matrices around leaky_relu(x)^2; its slope 0.5 keeps gradients on the negative side."""
+    """Two matrices with a squared leaky ReLU in between."""
 
     def __init__(self, cfg: Config, layer: int, rng: torch.Generator):
         """Hidden width is mlp_mult * model_dim."""
@@ -1002,12 +1036,13 @@ class MLP(nn.Module):
             Linear(cfg.model_dim, hidden, rng),
             Linear(hidden, cfg.model_dim, None))
 
-    def forward(self, x: Tensor, scale: Tensor, observe) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor, fused: bool, observe) -> Tensor:
         """(B, T, C) -> (B, T, C), outputs times `scale` (C,)."""
         observe(x, f"{self.name}.fc.weight")
-        h = F.leaky_relu(self.fc(x), 0.5).square()                      # (B, T, mlp_mult * C)
+        h, y = (FusedMLP.apply if fused else squared_mlp)(              # (B, T, mlp_mult * C)
+            x, self.fc.cast(x.dtype), self.proj.cast(x.dtype, scale))
         observe(h, f"{self.name}.proj.weight")
-        return self.proj(h, scale)
+        return y
 
 
 class Block(nn.Module):
@@ -1036,7 +1071,7 @@ class Block(nn.Module):
         u = h + self.attn(n, shared, self.attn_scale, observe)
         if not self.parallel:
             n = rms_norm(u) * self.ln_scale
-        return u + self.mlp(n, self.mlp_scale, observe)
+        return u + self.mlp(n, self.mlp_scale, shared.fused, observe)
 
 
 class BigramHash(nn.Module):
@@ -1102,7 +1137,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
         """Initial weights depend on cfg.seed alone; `dtype` is that of the activations."""
         super().__init__()
-        self.cfg, self.dtype = cfg, dtype
+        self.cfg, self.dtype, self.fused = cfg, dtype, False
         rng = torch.Generator().manual_seed(int(hex_digest(cfg.seed, "weights")[:15], 16))
         self.tok_emb = nn.Parameter(torch.empty(cfg.vocab_size, cfg.model_dim))     # (V, C)
         nn.init.normal_(self.tok_emb, std=cfg.tied_embed_init_std, generator=rng)
@@ -1144,7 +1179,7 @@ class GPT(nn.Module):
         T = tokens.size(1)
         values = self.values(tokens).to(self.dtype) if self.values else None
         x = self.embed(tokens)                                                      # (B, T, C)
-        shared = Shared(x, self.cos[:T], self.sin[:T], values)
+        shared = Shared(x, self.cos[:T], self.sin[:T], values, self.fused)
         # The first half leaves its states on a stack, the second half takes them off again, so that
         # first meets last.  More layers run once recurrence is on, and then more rows of the skips
         # are used: what a row stands for changes at that moment, as in #1493.
@@ -1260,6 +1295,285 @@ def attention_works(cfg: Config, dist: Dist, backend) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------
+# Kernels: three functions of the model, each in as few passes over memory as it can do with
+# ------------------------------------------------------------------------------------------------
+# In Triton; what the compiler makes of these takes a tenth of a step more (bench/RESULTS.md).  Each
+# has a twin above, which runs where the kernels cannot and which tests compare it to.  Around
+# attention a program works on ROWS positions of one head: b = ROWS in shapes.
+
+class FusedHeads(torch.autograd.Function):
+    """`split_heads` by kernels."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """(B, T, H + 2 K, D) -> (B, T, H, D), (B, T, K, D), (B, T, K, D)."""
+        B, T, heads, D = x.shape
+        H = len(gain)
+        K = (heads - H) // 2
+        q, k, v = (x.new_empty(B, T, n, D) for n in (H, K, K))
+        heads_forward[programs(x)](
+            x, q, k, v, gain, cos, sin, B * T, T, H, K, D, cos.size(-1), ROWS)
+        ctx.save_for_backward(x, gain, cos, sin)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
+        """Gradients of x and gain."""
+        x, gain, cos, sin = ctx.saved_tensors
+        B, T, heads, D = x.shape
+        H = len(gain)
+        dx, sums = torch.empty_like(x), gain.new_empty(-(-B * T // ROWS), H)        # (blocks, H)
+        heads_backward[programs(x)](
+            dq.contiguous(), dk.contiguous(), dv.contiguous(), x, dx, sums, gain, cos, sin,
+            B * T, T, H, (heads - H) // 2, D, cos.size(-1), ROWS)
+        return dx, sums.sum(0), None, None
+
+
+class FusedExclusion(torch.autograd.Function):
+    """`exclude_self` by kernels."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, v: Tensor) -> Tensor:
+        """(B, T, H, D), (B, T, K, D) -> (B, T, H, D)."""
+        y, v = y.contiguous(), v.contiguous()
+        B, T, K, D = v.shape
+        out = torch.empty_like(y)
+        exclusion_forward[programs(v)](y, v, out, B * T, K, y.size(2) // K, D, ROWS)
+        ctx.save_for_backward(y, v)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of y and v."""
+        y, v = ctx.saved_tensors
+        B, T, K, D = v.shape
+        dy, dv = torch.empty_like(y), torch.empty_like(v)
+        exclusion_backward[programs(v)](
+            grad.contiguous(), y, v, dy, dv, B * T, K, y.size(2) // K, D, ROWS)
+        return dy, dv
+
+
+class FusedMLP(torch.autograd.Function):
+    """`squared_mlp` with the activation in the kernels of the products around it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, C), (O, C), (C, O) -> (B, T, O), (B, T, C)."""
+        h = x.new_empty(*x.shape[:2], len(up))
+        a = torch.empty_like(h)             # leaky_relu, whose square is h
+        squared_product(x, up, a, h, backward=False)
+        ctx.save_for_backward(x, up, down, a, h)
+        ctx.mark_non_differentiable(h)      # shown to whoever observes, used by nobody
+        return h, F.linear(h, down)
+
+    @staticmethod
+    def backward(ctx, _, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x, up and down."""
+        x, up, down, a, h = ctx.saved_tensors
+        grad, dp = grad.contiguous(), torch.empty_like(h)   # dp: gradient before the activation
+        squared_product(grad, down.T.contiguous(), a, dp, backward=True)
+        rows = [t.flatten(0, 1) for t in (grad, dp, x, h)]
+        return dp @ up, rows[1].T @ rows[2], rows[0].T @ rows[3]
+
+
+ROWS = 16                   # positions of a program around attention
+TILE = 128, 256, 64         # rows, columns and depth of a program's products in the MLP
+
+
+def kernels_work(cfg: Config, dist: Dist) -> bool:
+    """Whether all kernels can run here for this model, and are asked for."""
+    if triton is None or not dist.on_cuda or not cfg.kernels_enabled:
+        return False
+    widths = cfg.head_dim, cfg.rope_dims // 2
+    room = torch.cuda.get_device_properties(dist.device).shared_memory_per_block_optin
+    return (all(n and n & n - 1 == 0 for n in widths) and room >= 227 << 10
+            and int(cfg.mlp_mult * cfg.model_dim) % TILE[1] == 0 and cfg.model_dim % TILE[2] == 0)
+
+
+def programs(x: Tensor) -> tuple[int]:
+    """How many programs work on x (B, T, heads, D)."""
+    return (-(-x.size(0) * x.size(1) // ROWS) * x.size(2),)
+
+
+def squared_product(x: Tensor, w: Tensor, a: Tensor, out: Tensor, backward: bool):
+    """out (B, T, O) from p = x w^T, with x (B, T, I), w (O, I) and a (B, T, O) the leaky ReLU.
+
+    Forward writes a = leaky_relu(p) and out = a^2; backward reads a, and out is p times the slope
+    of the square there.
+    """
+    M, N, K = TILE
+    x, a, out = (t.flatten(0, 1) for t in (x, a, out))
+    count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    shapes = (x, [M, K]), (w, [N, K]), (a, [M, N // 2]), (out, [M, N // 2])
+    product_kernel[(count,)](
+        *(TensorDescriptor.from_tensor(*pair) for pair in shapes), len(x), *w.shape, backward,
+        *TILE, count, num_warps=8, num_stages=3 if backward else 4)
+
+
+jit = triton.jit if triton else lambda kernel: kernel
+
+
+@jit
+def heads_forward(x_ptr, q_ptr, k_ptr, v_ptr, gain_ptr, cos_ptr, sin_ptr, rows, T,
+                  H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+                  ROWS: tl.constexpr):
+    """Split x (rows, H + 2 K, D) into q (rows, H, D), k and v (rows, K, D)."""
+    head = tl.program_id(0) % (H + 2 * K)
+    row = tl.program_id(0) // (H + 2 * K) * ROWS + tl.arange(0, ROWS)[:, None]          # (b, 1)
+    pair, inside = tl.arange(0, D // 2)[None], row < rows
+    d = first_of(pair, R)                                                               # (1, D / 2)
+    a, b = load_pairs(x_ptr + (row * (H + 2 * K) + head) * D + d, R, inside)
+    out = find_head(q_ptr, k_ptr, v_ptr, head, row, H, K, D) + d
+    if head < H + K:
+        cos, sin = load_angles(cos_ptr, sin_ptr, row % T, pair, R, inside)
+        scale = tl.rsqrt(tl.sum(a * a + b * b, 1)[:, None] / D + 1e-6)                  # (b, 1)
+        scale *= tl.load(gain_ptr + head, head < H, 1.0)
+        left = scale * (a * cos + b * sin)
+        b = scale * (b * cos - a * sin)
+        a = left
+    store_pairs(out, R, inside, a, b)
+
+
+@jit
+def heads_backward(dq_ptr, dk_ptr, dv_ptr, x_ptr, dx_ptr, sums_ptr, gain_ptr, cos_ptr, sin_ptr,
+                   rows, T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+                   ROWS: tl.constexpr):
+    """Gradient of x from those of q, k and v; of each gain, one sum a block (blocks, H)."""
+    head = tl.program_id(0) % (H + 2 * K)
+    block = tl.program_id(0) // (H + 2 * K)
+    row = block * ROWS + tl.arange(0, ROWS)[:, None]                                    # (b, 1)
+    pair, inside = tl.arange(0, D // 2)[None], row < rows
+    d = first_of(pair, R)                                                               # (1, D / 2)
+    at = (row * (H + 2 * K) + head) * D + d
+    da, db = load_pairs(find_head(dq_ptr, dk_ptr, dv_ptr, head, row, H, K, D) + d, R, inside)
+    if head < H + K:
+        a, b = load_pairs(x_ptr + at, R, inside)
+        cos, sin = load_angles(cos_ptr, sin_ptr, row % T, pair, R, inside)
+        scale = tl.rsqrt(tl.sum(a * a + b * b, 1)[:, None] / D + 1e-6)                  # (b, 1)
+        a *= scale
+        b *= scale
+        left = da * cos - db * sin
+        db = da * sin + db * cos
+        along = tl.sum(left * a + db * b, 1)[:, None]       # also what a larger gain would change
+        if head < H:
+            tl.store(sums_ptr + block * H + head, tl.sum(along))
+        scale *= tl.load(gain_ptr + head, head < H, 1.0)
+        da = scale * (left - a * along / D)
+        db = scale * (db - b * along / D)
+    store_pairs(dx_ptr + at, R, inside, da, db)
+
+
+@jit
+def first_of(pair, R: tl.constexpr):
+    """Channels that a rotation pairs with those R further on.
+
+    The first R pairs are turned, the others are there so that all channels are in one: loads of
+    whole rows cost less than loads of some channels (bench/RESULTS.md).
+    """
+    return pair // R * (2 * R) + pair % R
+
+
+@jit
+def find_head(q_ptr, k_ptr, v_ptr, head, row, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr):
+    """Where `head` of H + 2 K begins in each row: in q (rows, H, D), k or v (rows, K, D)."""
+    at = v_ptr + (row * K + head - H - K) * D
+    if head < H + K:
+        at = k_ptr + (row * K + head - H) * D
+    if head < H:
+        at = q_ptr + (row * H + head) * D
+    return at
+
+
+@jit
+def load_pairs(at, R: tl.constexpr, inside):
+    """Both channels of all pairs, in float32."""
+    a = tl.load(at, inside, 0.0)
+    b = tl.load(at + R, inside, 0.0)
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@jit
+def store_pairs(at, R: tl.constexpr, inside, a, b):
+    """Inverse of `load_pairs`."""
+    tl.store(at, a, inside)
+    tl.store(at + R, b, inside)
+
+
+@jit
+def load_angles(cos_ptr, sin_ptr, position, pair, R: tl.constexpr, inside):
+    """Cosine and sine of the angle that a pair is turned by: 0 beyond the first R."""
+    turned = inside & (pair < R)
+    cos = tl.load(cos_ptr + position * R + pair, turned, 1.0)
+    sin = tl.load(sin_ptr + position * R + pair, turned, 0.0)
+    return cos.to(tl.float32), sin.to(tl.float32)
+
+
+@jit
+def exclusion_forward(y_ptr, v_ptr, out_ptr, rows, K: tl.constexpr, G: tl.constexpr,
+                      D: tl.constexpr, ROWS: tl.constexpr):
+    """y (rows, K, G, D) less its component along v (rows, K, D)."""
+    row = tl.program_id(0) // K * ROWS + tl.arange(0, ROWS)[:, None]                    # (b, 1)
+    head, d, inside = tl.program_id(0) % K, tl.arange(0, D)[None], row < rows
+    v = tl.load(v_ptr + (row * K + head) * D + d, inside, 0.0).to(tl.float32)           # (b, D)
+    length = tl.maximum(tl.sum(v * v, 1)[:, None], 1e-24)                               # (b, 1)
+    for g in range(G):
+        at = ((row * K + head) * G + g) * D + d
+        y = tl.load(y_ptr + at, inside, 0.0).to(tl.float32)
+        y -= tl.sum(y * v, 1)[:, None] / length * v
+        tl.store(out_ptr + at, y, inside)
+
+
+@jit
+def exclusion_backward(grad_ptr, y_ptr, v_ptr, dy_ptr, dv_ptr, rows, K: tl.constexpr,
+                       G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """Gradients of y (rows, K, G, D) and v (rows, K, D)."""
+    row = tl.program_id(0) // K * ROWS + tl.arange(0, ROWS)[:, None]                    # (b, 1)
+    head, d, inside = tl.program_id(0) % K, tl.arange(0, D)[None], row < rows
+    v_at = (row * K + head) * D + d
+    v = tl.load(v_ptr + v_at, inside, 0.0).to(tl.float32)                               # (b, D)
+    length = tl.maximum(tl.sum(v * v, 1)[:, None], 1e-24)                               # (b, 1)
+    dv = tl.zeros_like(v)
+    for g in range(G):
+        at = ((row * K + head) * G + g) * D + d
+        y = tl.load(y_ptr + at, inside, 0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + at, inside, 0.0).to(tl.float32)
+        share = tl.sum(y * v, 1)[:, None] / length                                      # (b, 1)
+        along = tl.sum(grad * v, 1)[:, None] / length
+        tl.store(dy_ptr + at, grad - along * v, inside)
+        dv -= share * grad + along * (y - 2 * share * v)
+    tl.store(dv_ptr + v_at, dv, inside)
+
+
+@jit
+def product_kernel(x, w, a, out, rows, O, I, BACKWARD: tl.constexpr, M: tl.constexpr,
+                   N: tl.constexpr, K: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Tiles (M, N) of `squared_product`, all arguments before `rows` descriptors of matrices."""
+    # One program for each multiprocessor takes tile after tile, so that the loads for the next one
+    # are under way while this one is finished; in two halves, as memory on the chip is short.
+    across = O // N
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, M) * across, PROGRAMS, flatten=True):
+        row, column = tile // across * M, tile % across * N
+        p = tl.zeros((M, N), tl.float32)
+        for i in range(0, I, K):
+            p = tl.dot(x.load([row, i]), w.load([column, i]).T, p)
+        left, right = p.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+        activate(left, a, out, row, column, BACKWARD)
+        activate(right, a, out, row, column + N // 2, BACKWARD)
+
+
+@jit
+def activate(p, a_desc, out, row, column, BACKWARD: tl.constexpr):
+    """Finish the part p of a tile that begins at (row, column)."""
+    if BACKWARD:
+        a = a_desc.load([row, column]).to(tl.float32)
+        out.store([row, column], (p * (a + tl.maximum(a, 0.0))).to(out.dtype))
+    else:
+        a = tl.maximum(p, 0.5 * p)
+        a_desc.store([row, column], a.to(out.dtype))
+        out.store([row, column], (a * a).to(out.dtype))
+
+
+# ------------------------------------------------------------------------------------------------
 # Optimizer: Muon for the matrices, AdamW for the rest, all on one flat vector
 # ------------------------------------------------------------------------------------------------
 # Muon (Jordan et al. 2024) with unit rows before orthogonalisation (parameter-golf #1285).
@@ -1353,6 +1667,7 @@ class Optimizer:
     def __init__(self, cfg: Config, flat: Flat, dist: Dist):
         """All memory of gradients is zero."""
         self.cfg, self.flat, self.dist = cfg, flat, dist
+        self.orthogonalize = compiler(cfg, dist)(orthogonalize)
         self.momentum = torch.zeros_like(flat.part(flat.grad, "matrices"))
         groups = []
         for name, lr, decay in (("embedding", cfg.tied_embed_lr, cfg.embed_wd),
@@ -1385,7 +1700,7 @@ class Optimizer:
         mine = G[self.dist.rank * each:(self.dist.rank + 1) * each]
         if len(mine) < each:                                # equal parts: fill up with zeros
             mine = torch.cat([mine, G.new_zeros(each - len(mine), *G.shape[1:])])
-        mine = orthogonalize(mine, self.cfg.muon_backend_steps, self.cfg.muon_row_normalize,
+        mine = self.orthogonalize(mine, self.cfg.muon_backend_steps, self.cfg.muon_row_normalize,
                              self.dist.dtype)
         return self.dist.join(mine)[:N]
 
@@ -1997,6 +2312,19 @@ class Run(NamedTuple):
         return self.token_nll(features.float(), targets)
 
 
+def compiler(cfg: Config, dist: Dist) -> Callable:
+    """What to compile a function with here: torch.compile, or nothing, which returns it as it is.
+
+    Compiled functions are made for the shapes that they meet, and anew for others.
+    """
+    if not cfg.compile_enabled or not dist.on_cuda:
+        return lambda function: function
+    # Row and column sums fused in one kernel cost 7 to 12 ms a step here (bench/RESULTS.md).
+    fused = "triton.mix_order_reduction"
+    options = {fused: False} if fused in torch._inductor.list_options() else {}
+    return partial(torch.compile, dynamic=False, fullgraph=True, options=options)
+
+
 def start_run(cfg: Config, dist: Dist, log: Log) -> Run:
     """Build the model with its initial weights on this rank's device."""
     # Equal parts on all ranks keep the mean of ranks equal to the mean of sequences.
@@ -2005,13 +2333,9 @@ def start_run(cfg: Config, dist: Dist, log: Log) -> Run:
                           f"of TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}; change one of them")
     model = GPT(cfg, dist.dtype)
     flat = Flat(model, dist.device)
-    work = model.features, model.token_nll, model.matrix_inputs
-    if cfg.compile_enabled and dist.on_cuda:
-        # Row and column sums fused in one kernel cost 7 to 12 ms a step here (bench/RESULTS.md).
-        fused = "triton.mix_order_reduction"
-        options = {fused: False} if fused in torch._inductor.list_options() else {}
-        work = [torch.compile(f, dynamic=False, fullgraph=True, options=options) for f in work]
-    log("model", params=len(flat.data))
+    model.fused = kernels_work(cfg, dist)
+    work = map(compiler(cfg, dist), (model.features, model.token_nll, model.matrix_inputs))
+    log("model", params=len(flat.data), kernels=model.fused)
     for name, names in flat.groups.items():
         log("group", name=name, optimizer="muon" if name == "matrices" else "adamw",
             tensors=len(names), params=len(flat.part(flat.data, name)))
