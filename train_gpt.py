@@ -1170,9 +1170,11 @@ class GPT(nn.Module):
 
     def merge_skip(self, x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
         """Blend a skip, scaled by `weight` (C,), into x: a lerp by the gate, or just a sum."""
-        skip = weight.to(x.dtype) * skip
-        return x + skip if gate is None else torch.lerp(
-            skip, x, gate.sigmoid().to(x.dtype))
+        if gate is None:
+            return x + weight.to(x.dtype) * skip
+        # As two scaled terms, whose gradients are two plain sums: 1 % of a step (bench/RESULTS.md).
+        share = gate.sigmoid()
+        return share.to(x.dtype) * x + ((1 - share) * weight).to(x.dtype) * skip
 
     def features(self, tokens: Tensor, looped: bool, observe=unobserved) -> Tensor:
         """Normed final state of every position, (B, T, C), for tokens (B, T) int64."""
@@ -1297,9 +1299,10 @@ def attention_works(cfg: Config, dist: Dist, backend) -> bool:
 # ------------------------------------------------------------------------------------------------
 # Kernels: three functions of the model, each in as few passes over memory as it can do with
 # ------------------------------------------------------------------------------------------------
-# In Triton; what the compiler makes of these takes a tenth of a step more (bench/RESULTS.md).  Each
-# has a twin above, which runs where the kernels cannot and which tests compare it to.  Around
-# attention a program works on ROWS positions of one head: b = ROWS in shapes.
+# In Triton; what the compiler makes of these takes 5 % of a step more (bench/RESULTS.md).  Each has
+# a twin above, which runs where the kernels cannot and which tests compare it to.  Around attention
+# a program works on ROWS positions of one head: b = ROWS in shapes.  A kernel sees nothing but its
+# arguments, all addresses, sizes and strides, hence their number.
 
 class FusedHeads(torch.autograd.Function):
     """`split_heads` by kernels."""
@@ -1312,7 +1315,12 @@ class FusedHeads(torch.autograd.Function):
         K = (heads - H) // 2
         q, k, v = (x.new_empty(B, T, n, D) for n in (H, K, K))
         heads_forward[programs(x)](
-            x, q, k, v, gain, cos, sin, B * T, T, H, K, D, cos.size(-1), ROWS)
+            x,
+            q, k, v,
+            gain, cos, sin,
+            B * T, T,
+            H, K, D, cos.size(-1),
+            ROWS)
         ctx.save_for_backward(x, gain, cos, sin)
         return q, k, v
 
@@ -1322,10 +1330,16 @@ class FusedHeads(torch.autograd.Function):
         x, gain, cos, sin = ctx.saved_tensors
         B, T, heads, D = x.shape
         H = len(gain)
-        dx, sums = torch.empty_like(x), gain.new_empty(-(-B * T // ROWS), H)        # (blocks, H)
+        dx = torch.empty_like(x)
+        sums = gain.new_empty(-(-B * T // ROWS), H)                                 # (blocks, H)
         heads_backward[programs(x)](
-            dq.contiguous(), dk.contiguous(), dv.contiguous(), x, dx, sums, gain, cos, sin,
-            B * T, T, H, (heads - H) // 2, D, cos.size(-1), ROWS)
+            dq.contiguous(), dk.contiguous(), dv.contiguous(),
+            x,
+            dx, sums,
+            gain, cos, sin,
+            B * T, T,
+            H, (heads - H) // 2, D, cos.size(-1),
+            ROWS)
         return dx, sums.sum(0), None, None
 
 
@@ -1338,7 +1352,11 @@ class FusedExclusion(torch.autograd.Function):
         y, v = y.contiguous(), v.contiguous()
         B, T, K, D = v.shape
         out = torch.empty_like(y)
-        exclusion_forward[programs(v)](y, v, out, B * T, K, y.size(2) // K, D, ROWS)
+        exclusion_forward[programs(v)](
+            y, v, out,
+            B * T,
+            K, y.size(2) // K, D,
+            ROWS)
         ctx.save_for_backward(y, v)
         return out
 
@@ -1349,7 +1367,11 @@ class FusedExclusion(torch.autograd.Function):
         B, T, K, D = v.shape
         dy, dv = torch.empty_like(y), torch.empty_like(v)
         exclusion_backward[programs(v)](
-            grad.contiguous(), y, v, dy, dv, B * T, K, y.size(2) // K, D, ROWS)
+            grad.contiguous(), y, v,
+            dy, dv,
+            B * T,
+            K, y.size(2) // K, D,
+            ROWS)
         return dy, dv
 
 
@@ -1404,24 +1426,35 @@ def squared_product(x: Tensor, w: Tensor, a: Tensor, out: Tensor, backward: bool
     M, N, K = TILE
     x, a, out = (t.flatten(0, 1) for t in (x, a, out))
     count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    shapes = (x, [M, K]), (w, [N, K]), (a, [M, N // 2]), (out, [M, N // 2])
+    tiles = (x, [M, K]), (w, [N, K]), (a, [M, N // 2]), (out, [M, N // 2])
     product_kernel[(count,)](
-        *(TensorDescriptor.from_tensor(*pair) for pair in shapes), len(x), *w.shape, backward,
-        *TILE, count, num_warps=8, num_stages=3 if backward else 4)
+        *(TensorDescriptor.from_tensor(*tile) for tile in tiles),
+        len(x), *w.shape,
+        backward,
+        *TILE,
+        count,
+        num_warps=8,
+        num_stages=3 if backward else 4)
 
 
 jit = triton.jit if triton else lambda kernel: kernel
 
 
 @jit
-def heads_forward(x_ptr, q_ptr, k_ptr, v_ptr, gain_ptr, cos_ptr, sin_ptr, rows, T,
-                  H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-                  ROWS: tl.constexpr):
+def heads_forward(
+        x_ptr,
+        q_ptr, k_ptr, v_ptr,
+        gain_ptr, cos_ptr, sin_ptr,
+        rows, T,
+        H: tl.constexpr, K: tl.constexpr,
+        D: tl.constexpr, R: tl.constexpr,
+        ROWS: tl.constexpr):
     """Split x (rows, H + 2 K, D) into q (rows, H, D), k and v (rows, K, D)."""
     head = tl.program_id(0) % (H + 2 * K)
     row = tl.program_id(0) // (H + 2 * K) * ROWS + tl.arange(0, ROWS)[:, None]          # (b, 1)
-    pair, inside = tl.arange(0, D // 2)[None], row < rows
-    d = first_of(pair, R)                                                               # (1, D / 2)
+    pair = tl.arange(0, D // 2)[None]                                                   # (1, D / 2)
+    inside = row < rows
+    d = first_of(pair, R)
     a, b = load_pairs(x_ptr + (row * (H + 2 * K) + head) * D + d, R, inside)
     out = find_head(q_ptr, k_ptr, v_ptr, head, row, H, K, D) + d
     if head < H + K:
@@ -1435,15 +1468,22 @@ def heads_forward(x_ptr, q_ptr, k_ptr, v_ptr, gain_ptr, cos_ptr, sin_ptr, rows, 
 
 
 @jit
-def heads_backward(dq_ptr, dk_ptr, dv_ptr, x_ptr, dx_ptr, sums_ptr, gain_ptr, cos_ptr, sin_ptr,
-                   rows, T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-                   ROWS: tl.constexpr):
+def heads_backward(
+        dq_ptr, dk_ptr, dv_ptr,
+        x_ptr,
+        dx_ptr, sums_ptr,
+        gain_ptr, cos_ptr, sin_ptr,
+        rows, T,
+        H: tl.constexpr, K: tl.constexpr,
+        D: tl.constexpr, R: tl.constexpr,
+        ROWS: tl.constexpr):
     """Gradient of x from those of q, k and v; of each gain, one sum a block (blocks, H)."""
     head = tl.program_id(0) % (H + 2 * K)
     block = tl.program_id(0) // (H + 2 * K)
     row = block * ROWS + tl.arange(0, ROWS)[:, None]                                    # (b, 1)
-    pair, inside = tl.arange(0, D // 2)[None], row < rows
-    d = first_of(pair, R)                                                               # (1, D / 2)
+    pair = tl.arange(0, D // 2)[None]                                                   # (1, D / 2)
+    inside = row < rows
+    d = first_of(pair, R)
     at = (row * (H + 2 * K) + head) * D + d
     da, db = load_pairs(find_head(dq_ptr, dk_ptr, dv_ptr, head, row, H, K, D) + d, R, inside)
     if head < H + K:
@@ -1474,7 +1514,10 @@ def first_of(pair, R: tl.constexpr):
 
 
 @jit
-def find_head(q_ptr, k_ptr, v_ptr, head, row, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr):
+def find_head(
+        q_ptr, k_ptr, v_ptr,
+        head, row,
+        H: tl.constexpr, K: tl.constexpr, D: tl.constexpr):
     """Where `head` of H + 2 K begins in each row: in q (rows, H, D), k or v (rows, K, D)."""
     at = v_ptr + (row * K + head - H - K) * D
     if head < H + K:
@@ -1509,11 +1552,16 @@ def load_angles(cos_ptr, sin_ptr, position, pair, R: tl.constexpr, inside):
 
 
 @jit
-def exclusion_forward(y_ptr, v_ptr, out_ptr, rows, K: tl.constexpr, G: tl.constexpr,
-                      D: tl.constexpr, ROWS: tl.constexpr):
+def exclusion_forward(
+        y_ptr, v_ptr, out_ptr,
+        rows,
+        K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+        ROWS: tl.constexpr):
     """y (rows, K, G, D) less its component along v (rows, K, D)."""
     row = tl.program_id(0) // K * ROWS + tl.arange(0, ROWS)[:, None]                    # (b, 1)
-    head, d, inside = tl.program_id(0) % K, tl.arange(0, D)[None], row < rows
+    head = tl.program_id(0) % K
+    d = tl.arange(0, D)[None]                                                           # (1, D)
+    inside = row < rows
     v = tl.load(v_ptr + (row * K + head) * D + d, inside, 0.0).to(tl.float32)           # (b, D)
     length = tl.maximum(tl.sum(v * v, 1)[:, None], 1e-24)                               # (b, 1)
     for g in range(G):
@@ -1524,11 +1572,17 @@ def exclusion_forward(y_ptr, v_ptr, out_ptr, rows, K: tl.constexpr, G: tl.conste
 
 
 @jit
-def exclusion_backward(grad_ptr, y_ptr, v_ptr, dy_ptr, dv_ptr, rows, K: tl.constexpr,
-                       G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+def exclusion_backward(
+        grad_ptr, y_ptr, v_ptr,
+        dy_ptr, dv_ptr,
+        rows,
+        K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+        ROWS: tl.constexpr):
     """Gradients of y (rows, K, G, D) and v (rows, K, D)."""
     row = tl.program_id(0) // K * ROWS + tl.arange(0, ROWS)[:, None]                    # (b, 1)
-    head, d, inside = tl.program_id(0) % K, tl.arange(0, D)[None], row < rows
+    head = tl.program_id(0) % K
+    d = tl.arange(0, D)[None]                                                           # (1, D)
+    inside = row < rows
     v_at = (row * K + head) * D + d
     v = tl.load(v_ptr + v_at, inside, 0.0).to(tl.float32)                               # (b, D)
     length = tl.maximum(tl.sum(v * v, 1)[:, None], 1e-24)                               # (b, 1)
@@ -1545,14 +1599,19 @@ def exclusion_backward(grad_ptr, y_ptr, v_ptr, dy_ptr, dv_ptr, rows, K: tl.const
 
 
 @jit
-def product_kernel(x, w, a, out, rows, O, I, BACKWARD: tl.constexpr, M: tl.constexpr,
-                   N: tl.constexpr, K: tl.constexpr, PROGRAMS: tl.constexpr):
+def product_kernel(
+        x, w, a, out,
+        rows, O, I,
+        BACKWARD: tl.constexpr,
+        M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+        PROGRAMS: tl.constexpr):
     """Tiles (M, N) of `squared_product`, all arguments before `rows` descriptors of matrices."""
     # One program for each multiprocessor takes tile after tile, so that the loads for the next one
     # are under way while this one is finished; in two halves, as memory on the chip is short.
     across = O // N
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, M) * across, PROGRAMS, flatten=True):
-        row, column = tile // across * M, tile % across * N
+        row = tile // across * M
+        column = tile % across * N
         p = tl.zeros((M, N), tl.float32)
         for i in range(0, I, K):
             p = tl.dot(x.load([row, i]), w.load([column, i]).T, p)
@@ -2841,10 +2900,12 @@ def log_run(cfg: Config, dist: Dist, log: Log, chosen: list[str]):
         code_sha256=hashlib.sha256(source).hexdigest(), command=command,
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), stages=cfg.stages)
     if dist.is_main and (Path(__file__).parent / "pack.py").is_file():
-        with suppress(ImportError):                         # its library is optional
+        with suppress(ImportError):
             import pack
-            packed = pack.pack_source(source.decode())
-            log("packed", code_bytes=len(packed), code_sha256=hashlib.sha256(packed).hexdigest())
+            with suppress(pack.PackError):                  # its library is optional
+                packed = pack.pack_source(source.decode())
+                log("packed", code_bytes=len(packed),
+                    code_sha256=hashlib.sha256(packed).hexdigest())
     for group in GROUPS.values():
         values = {
             ("*" if n in chosen else "") + n: v
@@ -2881,6 +2942,9 @@ def slow_parts(run: Run, attention: str) -> list[str]:
         return found
     if not cfg.compile_enabled:
         found.append("the compiler is off; set COMPILE_ENABLED=1")
+    if not run.model.fused:
+        found.append("kernels of our own are off; they take KERNELS_ENABLED=1, Triton, a GPU with "
+                     "227 KB of shared memory a block and widths that fit (kernels_work)")
     if attention in ("efficient", "math"):
         found.append(f"attention by the {attention} backend; newer GPUs and PyTorch have cuDNN's")
     return found

@@ -3,6 +3,8 @@
 Run alone: python -m pytest -q tests/test_kernels.py
 Triton's interpreter runs the kernels here, so that no GPU is needed; see conftest.py.
 """
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ pytest.importorskip("triton", reason="PyTorch for CPUs comes without it: pip ins
 import train_gpt  # noqa: E402
 from train_gpt import (  # noqa: E402
     FusedExclusion, FusedHeads, FusedMLP, exclude_self, kernels_work, split_heads, squared_mlp)
+
+pytestmark = pytest.mark.filterwarnings(        # of the interpreter about NumPy
+    "ignore:Conversion of an array:DeprecationWarning")
 
 # (B, T, H, K, D, R): one block and many, rows that fill no block, one pair turned and all of them.
 SHAPES = [(1, 1, 1, 1, 4, 1), (2, 5, 4, 2, 8, 2), (1, 33, 4, 4, 16, 8), (3, 40, 8, 4, 64, 8),
@@ -113,3 +118,19 @@ def test_a_model_of_kernels_is_the_model():
 def test_a_cpu_runs_the_twins(cfg):
     """Kernels are for GPUs: elsewhere nothing asks for them."""
     assert not kernels_work(cfg, train_gpt.Dist({}))
+
+
+@pytest.mark.parametrize("kib, settings, works", [
+    (227, {}, True),
+    (227, train_gpt.RECIPES["pr1060"], True),
+    (163, {}, False),                                       # an A100
+    (227, dict(kernels_enabled=False), False),
+    (227, dict(model_dim=768), False),                      # heads 96 wide
+    (227, dict(rope_dims=0), False),
+    (227, dict(mlp_mult=3.1), False)])
+def test_kernels_run_where_they_fit(monkeypatch, kib, settings, works):
+    """All of them or none, by the GPU's room and the model's widths."""
+    room = SimpleNamespace(shared_memory_per_block_optin=kib << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: room)
+    dist = SimpleNamespace(on_cuda=True, device="cuda:0")
+    assert kernels_work(train_gpt.Config(**settings), dist) == works

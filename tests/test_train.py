@@ -139,6 +139,15 @@ def test_stages_one_by_one(long_run, run_program, read_log, tmp_path):
     assert mine == {name: theirs[name] for name in ("quantized", "sliding", "ttt")}
 
 
+def test_a_machine_without_the_packers_library_runs(toy_env, run_program, read_log, tmp_path):
+    """The run goes on and its log says nothing of a packed size."""
+    (tmp_path / "python_minifier.py").write_text("raise ImportError")
+    env = {**toy_env, "STAGES": "train", "PYTHONPATH": str(tmp_path)}
+    done = run_program(env)
+    assert done.returncode == 0, done.stderr
+    assert "packed" not in [event for event, _ in log_of(env, read_log)]
+
+
 def test_packed_program_gives_the_same_losses(long_run, run_program, read_log, tmp_path):
     """packed/train_gpt.py trains like the readable one and leaves a model of the same bytes."""
     env, events = long_run
@@ -189,6 +198,7 @@ def test_a_run_says_first_what_it_will_do(long_run, read_log):
 @pytest.mark.parametrize("settings, complaint", [
     ({}, "no GPU"), (dict(on_cuda=True, compile_enabled=False), "compiler is off"),
     (dict(on_cuda=True, attention="math"), "attention by the math backend"),
+    (dict(on_cuda=True, fused=False), "kernels of our own are off"),
     (dict(on_cuda=True, attention="cudnn"), None)])
 def test_what_slows_a_machine_down_is_told(settings, complaint):
     """Each thing that keeps a machine from its best is named with a remedy, and nothing else."""
@@ -196,6 +206,7 @@ def test_what_slows_a_machine_down_is_told(settings, complaint):
     run = SimpleNamespace(
         cfg=train_gpt.Config(compile_enabled=settings.get("compile_enabled", True)),
         dist=SimpleNamespace(on_cuda=settings.get("on_cuda", False)),
+        model=SimpleNamespace(fused=settings.get("fused", True)),
         flat=SimpleNamespace(data=torch.empty(1, device="meta").expand(36_000_000)))
     told = train_gpt.slow_parts(run, attention)
     assert len(told) == (complaint is not None) and all(complaint in t for t in told)
