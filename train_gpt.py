@@ -498,12 +498,15 @@ class Log:
                 self.file = None                            # full disk, or nobody reads the console
                 raise ConfigError(f"{self.path} or the console: {e.strerror}") from None
 
-    def progress(self, what: str, frac: float = 0.0, **values):
-        """Say on a terminal, a few times a second, that `what` is at work and `frac` of it done."""
+    def progress(self, what: str, frac: float = 0.0, details: Callable[[], str] = str):
+        """Say on a terminal, a few times a second, that `what` is at work and `frac` of it done.
+
+        `details()` is what else to say; it is called only if there is somebody to say it to.
+        """
         if self.on_terminal and (not frac or time.perf_counter() - self.drawn > 0.2):
             self.drawn = time.perf_counter()
             share = f" {100 * frac:3.0f} %" if frac else " ..."
-            self.draw(what + share + "".join(f"  {k} {show(k, v)}" for k, v in values.items()))
+            self.draw(f"{what}{share}  {details()}")
 
     def draw(self, text: str):
         """Replace the terminal's last line."""
@@ -2610,7 +2613,7 @@ class Trainer:
                             "lower MATRIX_LR or TIED_EMBED_LR")
         if last or n == 1 or n % self.run.cfg.train_log_every == 0:
             self.log_step(n)
-        self.show_progress(n)
+        self.run.log.progress("training", min(self.frac(), 1.0), lambda: self.outlook(n))
 
     def pace(self, n: int) -> dict[str, float]:
         """Speed between the last logged step and step n, zeros where there is none between."""
@@ -2624,12 +2627,11 @@ class Trainer:
         return dict(step_ms=1000 * seconds / steps, tokens_per_s=round(rate),
                     mfu=used / self.ceiling)
 
-    def show_progress(self, n: int):
-        """Draw where training is, how fast, and how long it will go on."""
-        speed, frac = self.pace(n), self.frac()
-        left = self.seconds * (1 - frac) / frac if frac else 0.0
-        self.run.log.progress("training", min(frac, 1.0) or 1e-9, step=n, loss=round(self.loss, 4),
-                              **speed, left_s=round(max(left, 0.0)))
+    def outlook(self, n: int) -> str:
+        """How long training will go on, and how step n went; short enough for 80 columns."""
+        left, speed = self.seconds * max(1 / self.frac() - 1, 0.0), self.pace(n)["tokens_per_s"]
+        return f"{left:.0f} s left  step {n}  loss {self.loss:.2f}" + (
+            f"  {speed:,} tokens/s" if speed else "")
 
     def log_step(self, n: int):
         """Log step n, with the pace since the last logged one; check that ranks share one plan."""

@@ -134,7 +134,7 @@ class QuietLog:
         """Remember a raw line."""
         self.lines.append(text)
 
-    def progress(self, what: str, frac: float = 0.0, **values):
+    def progress(self, what: str, frac: float = 0.0, details=None):
         """Draw nothing."""
 
     def of(self, event: str) -> list[dict]:

@@ -3,11 +3,11 @@ import json
 import math
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -158,31 +158,42 @@ def test_packed_program_gives_the_same_losses(long_run, run_program, read_log, t
     assert artifact_of(packed).read_bytes() == artifact_of(env).read_bytes()
 
 
-def test_a_terminal_shows_progress_and_the_log_does_not(toy_env, tmp_path):
-    """On a terminal a last line redraws itself with step, speed and time left; files are clean."""
+def on_a_terminal(env, folder):
+    """(exit code, what is drawn) of a real run whose stderr is a terminal of 80 columns."""
     ours, theirs = pty.openpty()
-    shown = []
-
-    def watch():
-        """Read what the terminal gets, until nobody writes to it any more."""
-        with suppress(OSError):
-            while data := os.read(ours, 4096):
-                shown.append(data)
-    reader = threading.Thread(target=watch)
-    reader.start()
-    env = {**toy_env, "WARMUP_STEPS": "1", "ITERATIONS": "60", "COLUMNS": "120",
-           "PATH": os.environ["PATH"]}
-    done = subprocess.run([sys.executable, str(PROGRAM)], env=env, cwd=tmp_path, stderr=theirs,
-                          stdout=subprocess.PIPE, timeout=60)
+    env, drawn = {**env, "COLUMNS": "80", "PATH": os.environ["PATH"]}, b""
+    with (folder / "console").open("wb") as console:
+        process = subprocess.Popen([sys.executable, str(PROGRAM)], env=env, cwd=folder,
+                                   stdout=console, stderr=theirs)
     os.close(theirs)
-    reader.join(timeout=10)
-    drawn = b"".join(shown).decode()
-    assert done.returncode == 0 and b"\r" not in done.stdout
-    for word in ("warming up", "training", "step ", "tokens_per_s ", "mfu ", "left_s ",
-                 "compressing"):
-        assert word in drawn, word
+    with suppress(OSError):                                 # nobody writes to it any more
+        while data := os.read(ours, 4096):
+            drawn += data
+    os.close(ours)
+    return process.wait(), drawn.decode()
+
+
+def test_a_terminal_shows_progress_and_the_log_does_not(toy_env, tmp_path):
+    """80 columns show share, time left, step, loss and speed, redrawn in place; files are clean."""
+    env = {**toy_env, "WARMUP_STEPS": "1", "ITERATIONS": "60"}
+    code, drawn = on_a_terminal(env, tmp_path)
+    assert code == 0
+    lines = drawn.split("\r\x1b[K")
+    assert any(line.startswith("warming up") for line in lines) and "compressing" in drawn
+    training = [line for line in lines if line.startswith("training")]
+    shape = r"training +\d+ %  \d+ s left  step \d+  loss \d\.\d\d(  [\d,]+ tokens/s)?"
+    assert training and all(re.fullmatch(shape, line) for line in training), training
+    assert any("tokens/s" in line for line in training)
     log = (tmp_path / "logs" / "pr1876_seed1337.txt").read_text()
-    assert "\r" not in log and "warming up" not in log and log == done.stdout.decode()
+    assert "\r" not in log and "warming up" not in log
+    assert log == (tmp_path / "console").read_text()
+
+
+def test_progress_costs_nothing_where_nobody_looks(make_cfg):
+    """What a progress line would say is not even worked out where there is no terminal."""
+    log = train_gpt.Log(make_cfg(), train_gpt.Dist({}))
+    log.on_terminal = False
+    log.progress("training", 0.5, lambda: pytest.fail("worked out"))
 
 
 def test_a_run_says_first_what_it_will_do(long_run, read_log):
