@@ -2980,6 +2980,7 @@ def main() -> int:
     if sys.argv[1:] in (["--help"], ["-h"]):
         print_help()
         return 0
+    code = 2
     try:
         if sys.argv[1:]:
             raise ConfigError(f"{sys.argv[1]}: settings are environment variables; see --help")
@@ -2999,10 +3000,13 @@ def main() -> int:
             problem = "out of memory; lower MICRO_BATCH_SEQS, EVAL_BATCH_SEQS or the model's size"
         else:
             raise
+    except KeyboardInterrupt:
+        code, problem = 130, "stopped; STAGES can leave out what is done"
     # A message may quote a file that someone else made: one line of it, and not all of a long one.
     problem = "".join(c if c.isprintable() else " " for c in problem)[:1000]
-    print(f"train_gpt: {problem}", file=sys.stderr)
-    return 2
+    erase = "\r\x1b[K" if sys.stderr.isatty() else ""       # what Log.progress has drawn there
+    print(f"{erase}train_gpt: {problem}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

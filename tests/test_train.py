@@ -158,17 +158,24 @@ def test_packed_program_gives_the_same_losses(long_run, run_program, read_log, t
     assert artifact_of(packed).read_bytes() == artifact_of(env).read_bytes()
 
 
-def on_a_terminal(env, folder):
-    """(exit code, what is drawn) of a real run whose stderr is a terminal of 80 columns."""
+def on_a_terminal(env, folder, struck_at=b"\0"):
+    """(exit code, what is drawn) of a real run whose stderr is a terminal; Ctrl-C at some text.
+
+    Ctrl-C has its usual effect there, also where the tests' own parent ignores it.
+    """
     ours, theirs = pty.openpty()
-    env, drawn = {**env, "COLUMNS": "80", "PATH": os.environ["PATH"]}, b""
+    env = {**env, "COLUMNS": "80", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
+    drawn, heard = b"", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     with (folder / "console").open("wb") as console:
         process = subprocess.Popen([sys.executable, str(PROGRAM)], env=env, cwd=folder,
-                                   stdout=console, stderr=theirs)
+                                   stdout=console, stderr=theirs, preexec_fn=heard)
     os.close(theirs)
     with suppress(OSError):                                 # nobody writes to it any more
         while data := os.read(ours, 4096):
             drawn += data
+            if struck_at in drawn:
+                process.send_signal(signal.SIGINT)
+                struck_at = b"\0"
     os.close(ours)
     return process.wait(), drawn.decode()
 
@@ -187,6 +194,13 @@ def test_a_terminal_shows_progress_and_the_log_does_not(toy_env, tmp_path):
     log = (tmp_path / "logs" / "pr1876_seed1337.txt").read_text()
     assert "\r" not in log and "warming up" not in log
     assert log == (tmp_path / "console").read_text()
+
+
+def test_the_last_word_replaces_the_progress_line(toy_env, tmp_path):
+    """On a terminal the one line of a run that is stopped does not begin behind what was drawn."""
+    code, drawn = on_a_terminal({**toy_env, "WARMUP_STEPS": "1000"}, tmp_path, b"plain step ...")
+    assert code == 130
+    assert re.search(r"\.\.\.  \r\x1b\[Ktrain_gpt: stopped[^\r]*\r\n$", drawn), drawn
 
 
 def test_progress_costs_nothing_where_nobody_looks(make_cfg):
