@@ -262,6 +262,8 @@ def checks(c: Config):
             floor = name in MAY_BE_ZERO
             yield (v < 0 if floor else v <= 0,
                    f"{name.upper()}={v}: must be {'0 or more' if floor else 'more than 0'}")
+    huge = next((n for n, v in values.items() if type(v) is float and v > 1e30), "")
+    yield huge, f"{huge.upper()}={values.get(huge)}: must be at most 1e30"
     for name, allowed in CHOICES.items():
         yield (values[name] not in allowed,
                f"{name.upper()}={values[name]}: must be one of {', '.join(allowed)}")
@@ -2992,7 +2994,7 @@ def main() -> int:
     except GolfError as e:
         problem = str(e)
     except OSError as e:                    # a folder that cannot be entered, a name too long
-        problem = f"{e.filename}: {e.strerror}"
+        problem = f"{e.filename}: {e.strerror}" if e.filename else str(e)
     except RuntimeError as e:
         if isinstance(e, torch.distributed.DistError) or "peer" in str(e):
             problem = "another rank has died, its own message says why; RESUME=1 continues"

@@ -4,6 +4,7 @@ Run alone: python -m pytest -q tests/test_config.py
 """
 import ast
 import difflib
+import errno
 import math
 import re
 from dataclasses import asdict, fields, replace
@@ -29,6 +30,7 @@ OTHER = dict(
 # At least one example of every check in `checks` that compares fields or knows a range of its own:
 # settings, and what the message must begin with.
 WRONG = [
+    (dict(matrix_lr=1e38), "MATRIX_LR=1e+38"),
     (dict(loader="random"), "LOADER=random"),
     (dict(bigram_buckets=1), "BIGRAM_BUCKETS=1"),
     (dict(flash_attn="5"), "FLASH_ATTN=5"),
@@ -330,6 +332,18 @@ def test_ranks_must_share_the_batch_equally(cfg, quiet):
 def test_main_tells_the_problem_in_one_line(monkeypatch, capsys, env, args, message):
     """A user's mistake prints one line on stderr, nothing on stdout, and returns 2."""
     assert run_main(monkeypatch, capsys, env, *args) == (2, "", message + "\n")
+
+
+@pytest.mark.parametrize("error,told", [
+    (OSError(errno.ENOMEM, "no memory"), f"[Errno {errno.ENOMEM}] no memory"),
+    (OSError("odd"), "odd"), (OSError(errno.EIO, "input/output", "disk"), "disk: input/output")])
+def test_main_tells_what_the_system_refuses(monkeypatch, capsys, error, told):
+    """An error of the system's is told with the file that it is about, where it names one."""
+    def refuse(*_):
+        """What some call deep in a library may do."""
+        raise error
+    monkeypatch.setattr(train_gpt, "run_stages", refuse)
+    assert run_main(monkeypatch, capsys, {}) == (2, "", f"train_gpt: {told}\n")
 
 
 def test_a_wrong_setting_ends_a_real_process(run_program, tmp_path):
