@@ -1946,7 +1946,8 @@ def quantize_model(run: "Run", weights: Tensor, hessians: dict, clip_sigmas: flo
         Q, scale = quantize_stack(W, H, (bits, clip), cfg, names[0], run.log)
         for name, w, q, s in zip(names, W, Q, scale):
             tensors[name], tensors[f"{name}.scale"] = q, s
-            mse = ((w - q * s.float()[:, None]).square().mean() / w.var()).item()
+            least = torch.finfo(w.dtype).tiny               # a matrix of zeros has no variance
+            mse = ((w - q * s.float()[:, None]).square().mean() / w.var().clamp_min(least)).item()
             at_limit = (q.abs() == 2 ** (bits - 1) - 1).float().mean().item()
             rows.append(dict(name=name, bits=bits, clip_sigmas=clip, mse=mse, clip_frac=at_limit,
                              entropy_bytes=round(entropy_bytes(q))))

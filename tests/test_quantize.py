@@ -380,6 +380,16 @@ def test_rows_tell_what_rounding_did(trained, cfg):
     assert any(row["clip_frac"] > 0.01 for row in rows)
 
 
+def test_a_matrix_of_zeros_has_no_error(trained):
+    """Where nothing was learnt nothing is lost, and the log's numbers stay numbers."""
+    flat, average = trained.run.flat, trained.result.average.clone()
+    name = flat.groups["matrices"][0]
+    flat.named(average)[name].zero_()
+    _, rows = train_gpt.quantize_model(trained.run, average, trained.hessians, 12.85)
+    assert {row["name"]: row["mse"] for row in rows}[name] == 0.0
+    assert all(math.isfinite(value) for row in rows for value in list(row.values())[1:])
+
+
 def test_dequantized_weights_are_near_the_average(trained):
     """What an artifact's tensors stand for: codes times scales, and vectors rounded to fp16."""
     run, average = trained.run, trained.result.average
