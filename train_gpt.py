@@ -588,6 +588,8 @@ def read_shard(path: Path) -> Shard:
     """Map a shard into memory; raises DataError naming the file and what is wrong with it."""
     try:
         size = path.stat().st_size
+        if not path.is_file():                              # a pipe would be waited for, for ever
+            raise DataError(f"{path}: cannot be read (not a file)")
         header = np.fromfile(path, "<i4", 256)
         if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
             raise DataError(f"{path}: not a token shard (magic and version {header[:2].tolist()}, "
