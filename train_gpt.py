@@ -2006,14 +2006,16 @@ def from_bytes(raw, dtype: str, shape: list[int], shuffle: bool) -> Tensor:
 
 
 def write_atomic(path: Path, parts):
-    """Write the byte strings `parts` to `path`, whole or not at all."""
+    """Write the byte strings `parts` to `path`, a file below OUT_DIR, whole or not at all."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The file appears under its name by a rename, once all of it is on the disk.  A run that is
         # killed before leaves its part behind, which nothing ever reads.
-        for left in path.parent.glob(f"{path.name}.*.part"):        # by a run that was killed
-            left.unlink()
+        mine = re.compile(re.escape(path.name) + r"\.\d+\.part")
+        for left in path.parent.iterdir():
+            if mine.fullmatch(left.name):                   # by a run that was killed
+                left.unlink()
         with part.open("wb") as f:
             for data in parts:
                 f.write(data)

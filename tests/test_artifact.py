@@ -675,6 +675,15 @@ def test_writing_replaces_the_old_file(tmp_path):
         assert content(tmp_path) == {"x": b"".join(parts)}
 
 
+def test_only_parts_of_the_file_itself_are_swept(tmp_path):
+    """What a run that was killed left of this very file goes; whatever else is there stays."""
+    others = dict.fromkeys(("x.part", "x.1.2.part", "x.notes.part", "y.1.part", "ax.1.part"), b"")
+    for name in ("x.123.part", *others):
+        write(tmp_path / name, b"")
+    write_atomic(tmp_path / "x", [b"new"])
+    assert content(tmp_path) == {"x": b"new", **others}
+
+
 @pytest.mark.parametrize("old", [{}, {"x": b"old"}])
 @pytest.mark.parametrize("size", [0, 1, 1000, 99_999])
 def test_a_full_disk_leaves_the_old_file(tmp_path, old, size):
