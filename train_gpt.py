@@ -2117,7 +2117,8 @@ def tensor_sizes(header: dict, layout: dict | None) -> list[int]:
     listed = {name: (dtype, tuple(shape)) for name, dtype, shape in header["tensors"]}
     if layout is not None and listed != layout:
         name = next(n for n in {**layout, **listed} if layout.get(n) != listed.get(n))
-        raise ValueError(f"{name} is {listed.get(name)}, this model's is {layout.get(name)}")
+        raise ValueError(
+            f"{ascii(name)} is {listed.get(name)}, this model's is {layout.get(name)}")
     # Whatever the header says is compared before a byte is inflated: a file of some hundred bytes
     # may stand for gigabytes of zeros.
     numbers = [n for _, shape in listed.values() for n in shape] + header["segments"]
@@ -2691,18 +2692,18 @@ class Trainer:
 
 def read_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]]:
     """(meta, tensors) of this run's checkpoint, complete and made for this model."""
-    found = read_for_run(run, "checkpoint", dict(step=int, seconds=float, expected_steps=int))
-    if found[0].get("layout") != run.flat.digest:
+    numbers = dict(step=int, seconds=float, expected_steps=int)
+    meta, tensors = read_for_run(run, "checkpoint", numbers)
+    if meta.get("layout") != run.flat.digest:
         raise ArtifactError(f"{run.cfg.run_dir}: the checkpoint has its parameters in another "
                             "order, as some other version of this program had; train again")
-    if type(found[0].get("loader")) is not dict:
+    if type(meta.get("loader")) is not dict:
         raise ArtifactError(f"{run.cfg.run_dir}: the checkpoint lacks its place in the data")
-    tensors = found[1]
     if min(tensors["step.0"], tensors["step.1"]) < 0 or not all(
             t.isfinite().all() for t in tensors.values()):
         raise ArtifactError(f"{run.cfg.run_dir}: the checkpoint holds numbers that no training "
                             "leaves; train again")
-    return found
+    return meta, tensors
 
 
 def train_stage(run: Run) -> Trained:
@@ -2843,7 +2844,7 @@ def warm_up_scoring(run: Run):
 
 def eval_stage(run: Run, trained: Trained | None) -> dict:
     """Score the artifact, and the weights behind it if at hand; returns the final block."""
-    cfg, clock, flat = run.cfg, run.clock, run.flat
+    cfg, clock = run.cfg, run.clock
     meta, tensors = read_for_run(run, "artifact", dict(steps=int))
     tokenizer = load_tokenizer(cfg)
     warm_up_scoring(run)

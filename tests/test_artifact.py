@@ -547,6 +547,14 @@ def test_every_setting_of_the_model_has_another_value(cfg):
     assert ours.keys() == OTHER.keys() and all(ours[n] != OTHER[n] for n in ours)
 
 
+def test_names_of_tensors_are_quoted():
+    """What a file calls a tensor of its own is told without what it would do to a terminal."""
+    parts = pack_tensors("artifact", META, {"a\n\x1b[2J": torch.zeros(2)}, compress=True)
+    with pytest.raises(ArtifactError) as caught:
+        read_container(Held(b"".join(parts)), "artifact", lambda meta: {})
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("field", OTHER)
 def test_another_model_is_refused_by_the_name_of_its_setting(make_cfg, field):
     """A file made with one other setting of the model is refused: which, theirs and ours."""
