@@ -644,8 +644,16 @@ def load_validation(cfg: Config, clock: Clock, log: Log) -> np.ndarray:
     return tokens[:n + 1]
 
 
-def load_tokenizer(cfg: Config):
-    """The dataset's SentencePiece model; raises DataError if missing, broken or of another size."""
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file as hex, or an empty text if there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def load_tokenizer(cfg: Config, sha256: str = ""):
+    """The dataset's SentencePiece model; raises DataError if missing, broken or of another size.
+
+    So does one whose file has another hash than `sha256`, if that is known.
+    """
     from sentencepiece import SentencePieceProcessor        # only scoring needs it
     path = cfg.tokenizer_path
     if not path.is_file():
@@ -660,6 +668,8 @@ def load_tokenizer(cfg: Config):
     if size != cfg.vocab_size or not marked:
         raise DataError(f"{path}: {size} pieces and VOCAB_SIZE={cfg.vocab_size} must agree, and a "
                         "lone space must be a piece; see prepare_data.py")
+    if sha256 and sha256 != file_hash(path):
+        raise DataError(f"{path}: not the tokenizer that the artifact was made with; give that one")
     return tokenizer
 
 
@@ -2782,7 +2792,7 @@ def fit_artifact(run: Run, trained: Trained, hessians: dict[str, Tensor]) -> lis
         quantized = time.perf_counter()
         run.log.progress("compressing")
         meta = dict(model=cfg.group("model"), scoring=cfg.group("scoring"), dataset=cfg.dataset,
-                    steps=trained.steps)
+                    steps=trained.steps, tokenizer=file_hash(cfg.tokenizer_path))
         parts = pack_tensors("artifact", meta, tensors, compress=True)
         size = sum(map(len, parts))
         run.log("compress", attempt=attempt, matrix_clip_sigmas=clip, model_bytes=size,
@@ -2846,7 +2856,7 @@ def eval_stage(run: Run, trained: Trained | None) -> dict:
     """Score the artifact, and the weights behind it if at hand; returns the final block."""
     cfg, clock = run.cfg, run.clock
     meta, tensors = read_for_run(run, "artifact", dict(steps=int))
-    tokenizer = load_tokenizer(cfg)
+    tokenizer = load_tokenizer(cfg, meta.get("tokenizer"))
     warm_up_scoring(run)
     if clock.phase == "train":                              # this run has not calibrated
         clock.close_training_data()

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 
+import prepare_data
 import train_gpt
-from conftest import PARTS, PROGRAM, ROOT, TINY, VOCAB, parse_line, run_main, write_shard
+from conftest import (PARTS, PROGRAM, ROOT, TINY, VOCAB, WORDS, parse_line, run_main,
+                      write_shard)
 
 # From the readable program on x86-64, torch 2.13, one thread.  Other kernels may sum in another
 # order, hence 1e-4; a change of algorithm moves the later ones by far more.
@@ -426,6 +428,22 @@ def test_bad_input_is_one_line(case, toy_env, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.rglob("*.part"))
     if case != "short validation" and case != "other tokenizer":
         assert not list(tmp_path.rglob("model.golf"))
+
+
+def test_another_tokenizer_of_the_same_size(long_run, tmp_path, monkeypatch, capsys):
+    """An artifact is scored with the tokenizer it was made with; made without one, with any."""
+    env = {**long_run[0], "OUT_DIR": str(tmp_path), "DATA_DIR": str(tmp_path / "data")}
+    shutil.copytree(long_run[0]["DATA_DIR"], env["DATA_DIR"])
+    shutil.copytree(Path(long_run[0]["OUT_DIR"]) / "runs", tmp_path / "runs")
+    model = tmp_path / "data" / "tokenizers" / f"toy_{VOCAB}_bpe.model"
+    other = prepare_data.train_tokenizer([" ".join(WORDS[i:]) for i in range(20)], VOCAB)
+    model.write_bytes(other)
+    code, _, err = run_main(monkeypatch, capsys, {**env, "STAGES": "eval"})
+    assert code == 2 and err.count("\n") == 1 and f"{model}: not the tokenizer" in err, err
+    model.unlink()
+    assert run_main(monkeypatch, capsys, {**env, "STAGES": "quantize"})[0] == 0
+    model.write_bytes(other)
+    assert run_main(monkeypatch, capsys, {**env, "STAGES": "eval"})[0] == 0
 
 
 def test_truncated_shard_in_a_real_process(toy_env, run_program, tmp_path):
