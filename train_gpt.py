@@ -390,7 +390,9 @@ class Dist:
         if self.world > 1:
             # What AdamW would import later keeps gloo's threads alive and may abort the exit.
             from torch import _dynamo
-            torch.distributed.init_process_group("nccl" if self.on_cuda else "gloo")
+            torch.distributed.init_process_group(
+                "nccl" if self.on_cuda else "gloo",
+                device_id=self.device if self.on_cuda else None)            # or NCCL must guess it
         self.is_main = self.rank == 0
 
     def share(self, items):
