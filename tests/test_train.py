@@ -245,6 +245,20 @@ def test_flops_are_those_of_the_spec():
     assert found == pytest.approx([296, 444], abs=0.5)
 
 
+def test_mfu_is_over_products_in_a_row(monkeypatch):
+    """A GPU's ceiling is that of products that are queued, 20 of them from one wait to the next."""
+    queued = [0]
+    dist = SimpleNamespace(on_cuda=True, device="meta", dtype=torch.bfloat16, max=lambda x: x,
+                           wait=lambda: queued.append(0))
+
+    def product(A, B):
+        """Count a product that takes no time."""
+        queued[-1] += 1
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    assert train_gpt.matmul_rate(dist) > 0
+    assert set(queued) == {0, 20} and queued.count(20) > 1          # the first ones warm up
+
+
 @pytest.mark.parametrize("recipe, last, epochs", [
     ("pr1876", "ttt", 3), ("pr1858", "ttt", 2), ("pr1060", "sliding", 0)])
 def test_each_recipe_runs_end_to_end(recipe, last, epochs, toy_env, tmp_path, monkeypatch, capsys):
