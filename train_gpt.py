@@ -262,8 +262,9 @@ def checks(c: Config):
             floor = name in MAY_BE_ZERO
             yield (v < 0 if floor else v <= 0,
                    f"{name.upper()}={v}: must be {'0 or more' if floor else 'more than 0'}")
-    huge = next((n for n, v in values.items() if type(v) is float and v > 1e30), "")
-    yield huge, f"{huge.upper()}={values.get(huge)}: must be at most 1e30"
+            # Far beyond all that is meant, and where arithmetic begins to fail.
+            most = 1e30 if type(v) is float else 1 << 40
+            yield v > most, f"{name.upper()}={v}: must be at most {most}"
     for name, allowed in CHOICES.items():
         yield (values[name] not in allowed,
                f"{name.upper()}={values[name]}: must be one of {', '.join(allowed)}")
@@ -275,8 +276,9 @@ def checks(c: Config):
            f"RUN_ID={c.name}: must be letters, digits and . _ - after the first")
     for name in BELOW_ONE:
         yield values[name] >= 1, f"{name.upper()}={values[name]}: must be below 1"
-    yield (int(c.mlp_mult * c.model_dim) < 1,
-           f"MLP_MULT={c.mlp_mult}: leaves no hidden channel at MODEL_DIM={c.model_dim}")
+    hidden = c.mlp_mult * c.model_dim
+    yield (not 1 <= hidden < 1 << 40,
+           f"MLP_MULT={c.mlp_mult}: makes {hidden:g} hidden channels at MODEL_DIM={c.model_dim}")
     for part, whole in DIVIDES:
         yield (values[whole] % values[part], f"{part.upper()}={values[part]} does not divide "
                f"{whole.upper()}={values[whole]}")
@@ -1329,6 +1331,7 @@ class FusedHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """(B, T, H + 2 K, D) -> (B, T, H, D), (B, T, K, D), (B, T, K, D)."""
+        x = x.contiguous()
         B, T, heads, D = x.shape
         H = len(gain)
         K = (heads - H) // 2
@@ -1413,12 +1416,12 @@ class FusedMLP(torch.autograd.Function):
         x, up, down, a, h = ctx.saved_tensors
         grad, dp = grad.contiguous(), torch.empty_like(h)   # dp: gradient before the activation
         squared_product(grad, down.T.contiguous(), a, dp, backward=True)
-        rows = [t.flatten(0, 1) for t in (grad, dp, x, h)]
-        return dp @ up, rows[1].T @ rows[2], rows[0].T @ rows[3]
+        rows = lambda t: t.flatten(0, 1)
+        return dp @ up, rows(dp).T @ rows(x), rows(grad).T @ rows(h)
 
 
 ROWS = 16                   # positions of a program around attention
-TILE = 128, 256, 64         # rows, columns and depth of a program's products in the MLP
+TILE = 128, 256, 64         # rows, columns and depth of a tile of the MLP's products
 
 
 def kernels_work(cfg: Config, dist: Dist) -> bool:
@@ -1453,7 +1456,7 @@ def squared_product(x: Tensor, w: Tensor, a: Tensor, out: Tensor, backward: bool
         *TILE,
         count,
         num_warps=8,
-        num_stages=3 if backward else 4)
+        num_stages=3 if backward else 4)    # depths on the chip at once: all that it holds
 
 
 jit = triton.jit if triton else lambda kernel: kernel
@@ -2083,6 +2086,8 @@ def read_container(path: Path, kind: str, layout=None) -> tuple[dict, dict[str, 
     and no fewer; a file that lists others is refused before any of it is inflated.
     """
     try:
+        if path.is_fifo():                                  # which would be waited for, for ever
+            raise ArtifactError(f"{path}: cannot be read (not a file); run its stage first")
         return parse_container(path.read_bytes(), kind, layout)
     except OSError as e:
         raise ArtifactError(f"{path}: cannot be read ({e.strerror}); run its stage first") from None
@@ -2581,6 +2586,7 @@ class Trainer:
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
         self.ceiling = matmul_rate(run.dist)
         self.looping = self.stopping = False
+        self.plain_steps = math.inf                 # steps that ran before recurrence was on
         self.logged = self.saved = (0, 0.0)         # step and second of the last log and save
 
     def train(self) -> str:
@@ -2620,7 +2626,7 @@ class Trainer:
 
     def start_looping(self, frac: float):
         """Turn recurrence on for the rest of training."""
-        self.looping = True
+        self.looping, self.plain_steps = True, self.step
         encoder, decoder = layer_schedule(self.run.cfg, True)
         self.run.log("loop_on", n=self.step + 1, frac=frac, elapsed_s=self.seconds,
                      encoder=encoder, decoder=decoder)
@@ -2652,9 +2658,10 @@ class Trainer:
             return dict(step_ms=0.0, tokens_per_s=0, mfu=0.0)
         # mfu: what the model needs, over what this device does in one large product of matrices.
         rate = steps * cfg.train_batch_tokens / seconds
-        used = rate * flops_per_token(cfg, self.looping) / self.run.dist.world
+        looped = (n - max(step, self.plain_steps)) / steps if n > self.plain_steps else 0.0
+        needed = flops_per_token(cfg, True) * looped + flops_per_token(cfg, False) * (1 - looped)
         return dict(step_ms=1000 * seconds / steps, tokens_per_s=round(rate),
-                    mfu=used / self.ceiling)
+                    mfu=rate * needed / self.run.dist.world / self.ceiling)
 
     def outlook(self, n: int) -> str:
         """How long training will go on, and how step n went; short enough for 80 columns."""

@@ -91,6 +91,10 @@ class Held(NamedTuple):
     """A file that is held in memory: thousands of them cost the disk nothing."""
     data: bytes
 
+    def is_fifo(self) -> bool:
+        """It is like a file."""
+        return False
+
     def read_bytes(self) -> bytes:
         """What is in it."""
         return self.data
@@ -267,9 +271,10 @@ def test_a_pickle_is_refused_and_never_run(tmp_path):
     assert not (tmp_path / "trapped").exists()
 
 
-@pytest.mark.parametrize("name", ["nowhere/x", "."])
+@pytest.mark.parametrize("name", ["nowhere/x", ".", "pipe"])
 def test_missing_files_are_told(tmp_path, name):
     """A file that cannot be read is named, and which stage writes it."""
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ArtifactError, match="cannot be read .*run its stage first"):
         read_container(tmp_path / name, "artifact")
 

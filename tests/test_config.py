@@ -50,6 +50,8 @@ WRONG = [
     (dict(muon_momentum_warmup_start=1.0), "MUON_MOMENTUM_WARMUP_START=1.0"),
     (dict(ttt_momentum=1.0), "TTT_MOMENTUM=1.0"),
     (dict(mlp_mult=0.001), "MLP_MULT=0.001"),
+    (dict(mlp_mult=1e29), "MLP_MULT=1e+29"),
+    (dict(model_dim=10 ** 20), "MODEL_DIM=100000000000000000000: must be at most 1099511627776"),
     (dict(num_heads=7), "NUM_HEADS=7"),
     (dict(num_kv_heads=3), "NUM_KV_HEADS=3"),
     (dict(seq_len=2049), "EVAL_STRIDE=64 does not divide SEQ_LEN=2049"),

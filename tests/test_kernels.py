@@ -3,6 +3,9 @@
 Run alone: python -m pytest -q tests/test_kernels.py
 Triton's interpreter runs the kernels here, so that no GPU is needed; see conftest.py.
 """
+import importlib.util
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="PyTorch for CPUs comes without it: pip install triton")
 
 import train_gpt  # noqa: E402
+from conftest import ROOT  # noqa: E402
 from train_gpt import (  # noqa: E402
     FusedExclusion, FusedHeads, FusedMLP, exclude_self, kernels_work, split_heads, squared_mlp)
 
@@ -39,6 +43,15 @@ def gradients(outputs, inputs) -> list[Tensor]:
     rng = torch.Generator().manual_seed(3)
     form = sum((y * torch.randn(y.shape, generator=rng)).sum() for y in outputs)
     return list(torch.autograd.grad(form, inputs))
+
+
+def load(path: Path):
+    """The program at `path` as a module of its own."""
+    spec = importlib.util.spec_from_file_location("program", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module                         # where its dataclass looks for itself
+    spec.loader.exec_module(module)
+    return module
 
 
 def assert_near(ours: Tensor, twin: Tensor, relative: float):
@@ -94,15 +107,17 @@ def test_layouts_of_gradients_do_not_matter():
     assert torch.equal(one, other)
 
 
-def test_a_model_of_kernels_is_the_model():
-    """Loss and every gradient of the looped model, kernels against twins."""
-    cfg = train_gpt.Config(
+@pytest.mark.parametrize("program", ["train_gpt.py", "packed/train_gpt.py"])
+def test_a_model_of_kernels_is_the_model(program):
+    """Loss and every gradient of the looped model; also packed, as Triton reads the source."""
+    module = load(ROOT / program)
+    cfg = module.Config(
         vocab_size=64, seq_len=32, num_layers=4, model_dim=64, num_heads=4, num_kv_heads=2,
         rope_dims=8, xsa_last_n=3, num_loops=1, loop_start=1, loop_end=2, parallel_residual_start=3,
         train_batch_tokens=64, ttt_chunk_tokens=64, eval_stride=16, value_embed_dim=8)
     found = []
     for fused in (False, True):
-        model = train_gpt.GPT(cfg)
+        model = module.GPT(cfg)
         rng = torch.Generator().manual_seed(1)
         for p in model.parameters():                        # no projection stays zero
             p.data += 0.05 * torch.randn(p.shape, generator=rng)

@@ -26,7 +26,7 @@ import pack  # noqa: E402  (the repository is no installed package)
 TRAIN = ROOT / "train_gpt.py"
 PACKED_TRAIN = ROOT / "packed" / "train_gpt.py"
 TARGET_CODE_BYTES = 16_000      # aim of pack.py; the program is larger, see the README
-MOST_CODE_BYTES = 27_500        # where it stands, rounded up: growth beyond it needs a reason
+MOST_CODE_BYTES = 30_500        # where it stands, rounded up: growth beyond it needs a reason
 
 TOY = '''\
 #!/usr/bin/env python3
@@ -611,8 +611,8 @@ def test_train_gpt_does_not_grow():
     assert len(pack.pack_source(TRAIN.read_text())) <= MOST_CODE_BYTES
 
 
-@pytest.mark.xfail(strict=True, reason="packed code is 7 KB over its target: checks, checkpoints, "
-                   "container and two loaders that the 16 KB entries do not have")
+@pytest.mark.xfail(strict=True, reason="packed code is 14 KB over its target: checks, checkpoints, "
+                   "container, kernels and two loaders that the 16 KB entries do not have")
 def test_train_gpt_is_within_its_target():
     """Packed code meets the target; the best public record takes 18,422 bytes."""
     assert len(pack.pack_source(TRAIN.read_text())) <= TARGET_CODE_BYTES

@@ -239,6 +239,20 @@ def test_what_slows_a_machine_down_is_told(settings, complaint):
     assert len(told) == (complaint is not None) and all(complaint in t for t in told)
 
 
+def test_pace_counts_each_step_as_it_ran():
+    """Of 50 steps logged together 10 are plain and 40 looped: mfu is the mean of both kinds."""
+    trainer = train_gpt.Trainer.__new__(train_gpt.Trainer)
+    trainer.run = SimpleNamespace(cfg=train_gpt.Config(), dist=SimpleNamespace(world=2))
+    trainer.logged, trainer.seconds, trainer.plain_steps, trainer.ceiling = (50, 5.0), 15.0, 60, 1e12
+    plain, looped = (train_gpt.flops_per_token(trainer.run.cfg, flag) for flag in (False, True))
+    tokens = trainer.run.cfg.train_batch_tokens
+    found = trainer.pace(100)
+    assert found["step_ms"] == 200.0 and found["tokens_per_s"] == 5 * tokens
+    assert found["mfu"] == pytest.approx((plain + 4 * looped) * tokens / 2e12)
+    trainer.plain_steps = math.inf
+    assert trainer.pace(100)["mfu"] == pytest.approx(5 * plain * tokens / 2e12)
+
+
 def test_flops_are_those_of_the_spec():
     """296 and 444 million operations a token for the challenge's model, plain and looped."""
     found = [train_gpt.flops_per_token(train_gpt.Config(), looped) / 1e6 for looped in (0, 1)]

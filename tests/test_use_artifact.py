@@ -322,7 +322,8 @@ def test_a_long_text_comes_back_and_costs_its_score(fresh, artifact, capsys):
     found = use_artifact.measure(fresh, text)
     chunks = len(found.coded.tokens) / SMALL["ttt_chunk_tokens"]
     assert chunks > 4 and not found.problem
-    assert abs(found.excess) < 0.001 * found.bits
+    # A toy's text of 26,000 bits ends in a word of 32, which is more than a thousandth of it.
+    assert -0.001 * found.bits < found.excess < 0.001 * found.bits + 32
     assert use_artifact.report(found, artifact) == 0
     out = capsys.readouterr().out
     assert re.search(r"decodes +yes +byte for byte", out) and "fine" in out
