@@ -994,6 +994,7 @@ def squared_mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Two products around leaky_relu(.)^2; its slope 0.5 keeps gradients on the negative side.
 
     Args: x (B, T, C); up (O, C); down (C, O).  Returns: hidden (B, T, O), output (B, T, C).
+    Another activation here is another one in the kernel `activate`, or KERNELS_ENABLED=0.
     """
     h = F.leaky_relu(F.linear(x, up), 0.5).square()
     return h, F.linear(h, down)
