@@ -2500,7 +2500,7 @@ def usual_seconds(dist: Dist, times: int, work) -> float:
 def matmul_rate(dist: Dist) -> float:
     """Floating-point operations a second of this device in large matrix products.
 
-    Queued, as a step's are and as bench/step_time.py does it: waiting for each found 11 % less.
+    Queued, as a step's are: waiting for each would measure the waiting, too.
     """
     n, times = (8192, 20) if dist.on_cuda else (512, 3)
     A, B = torch.randn(2, n, n, device=dist.device, dtype=dist.dtype)

@@ -606,6 +606,17 @@ def test_train_gpt_is_packed_and_current():
     assert pack.check(TRAIN.read_text(), PACKED_TRAIN.read_bytes()) == ""
 
 
+@pytest.mark.parametrize("args", [["--check"], ["--unpack", str(PACKED_TRAIN)]])
+def test_a_reader_that_leaves_is_no_traceback(args):
+    """As with `| head`: exit code 1 and not a word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, str(ROOT / "pack.py"), *args], stdout=writer,
+                          stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_train_gpt_does_not_grow():
     """Packed code stays where it is or shrinks."""
     assert len(pack.pack_source(TRAIN.read_text())) <= MOST_CODE_BYTES
