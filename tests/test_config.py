@@ -281,7 +281,8 @@ def test_contradictions_are_refused_by_name(wrong, beginning):
 
 def test_every_check_has_an_example():
     """No rule in `checks` is without a setting in this file that it is the first to refuse."""
-    examples = [w for w, _ in WRONG] + [{n: -1} for n in NUMBERS]
+    examples = [w for w, _ in WRONG] + [{n: -1} for n in NUMBERS] + [
+        {n: type(DEFAULTS[n])(1e31)} for n in NUMBERS]
     seen = {first_failure(unchecked(**e)) for e in examples}
     assert None not in seen, "an example breaks no rule"
     assert seen == set(range(len(list(train_gpt.checks(Config())))))
