@@ -402,9 +402,7 @@ def run_unpack(path: Path) -> int:
         text = unpack_source(read(path))
     except PackError as error:
         raise PackError(f"{path} {error}" if path.exists() else str(error)) from None
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.buffer.write(text.encode() + b"\n" * (not text.endswith("\n")))
-        sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode() + b"\n" * (not text.endswith("\n")))
     return 0
 
 
@@ -448,16 +446,20 @@ def arguments(argv: "list[str] | None") -> argparse.Namespace:
 
 
 def main(argv: "list[str] | None" = None) -> int:
-    """Do what the command line asks; 0 done, 1 the packed file is not current, 2 bad input."""
+    """Do what the command line asks; 0 done, 1 stale or nobody reads on, 2 bad input."""
     args = arguments(argv)
     out = args.out or args.source.parent / "packed" / args.source.name
     try:
-        if args.unpack:
-            return run_unpack(args.unpack)
-        return run_check(args.source, out) if args.check else run_pack(args.source, out)
+        code = run_unpack(args.unpack) if args.unpack else (
+            run_check(args.source, out) if args.check else run_pack(args.source, out))
+        sys.stdout.flush()
+        return code
     except PackError as error:
         print(f"pack.py: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:                                 # the reader, say `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

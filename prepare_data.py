@@ -969,7 +969,11 @@ def accept(layout: Layout, remote: RemoteFile, path: Path) -> dict:
     """The manifest's entry for a file whose bytes are the hub's; checks that they are of use."""
     if remote.target != layout.tokenizer:
         return dict(inspect_shard(path, layout.vocab_size), name=remote.target.name)
-    tokenizer = load_tokenizer(path.read_bytes())
+    try:
+        tokenizer = load_tokenizer(path.read_bytes())
+    except RuntimeError:
+        raise DataError(f"{remote.path}: not a SentencePiece model; set another "
+                        "MATCHED_FINEWEB_REPO_ID") from None
     found = (tokenizer.get_piece_size(), tokenizer.bos_id())
     if found != (layout.vocab_size, BOS):
         raise DataError(f"{remote.path}: a tokenizer with {found[0]} pieces and BOS {found[1]}, "

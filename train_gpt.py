@@ -9,8 +9,9 @@ in bits per byte on held-out text, learning from each chunk only after it has be
 
 `python train_gpt.py --help` lists every setting; each is an environment variable.
 
-Sections: Configuration, Ranks and logging, Tokens, Batches, Model, Optimizer, Quantization,
-Artifact, Evaluation, Test-time training, Training, Main, in the order in which data meets them.
+Sections: Configuration, Ranks and logging, Tokens, Batches, Model, Kernels, Optimizer,
+Quantization, Artifact, Evaluation, Test-time training, Training, Main, in the order in which data
+meets them.
 
 Shapes: B sequences, T positions, C model width, H query heads, K kv heads, G = H/K, D head width,
         V vocabulary;  N matrices of one shape, O and I their out and in features;  S shards.
@@ -35,6 +36,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -45,6 +47,13 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import attention as torch_attention
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:         # PyTorch for CPUs comes without it, and runs no kernel
+    triton, tl = None, SimpleNamespace(constexpr=None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -95,6 +104,7 @@ class Config:
     out_dir: str = "."  # where logs/ and runs/ are written
     stages: str = "train,quantize,eval"  # what to do, in this order; each reads what the last left
     compile_enabled: bool = True  # torch.compile on CUDA devices; a CPU always runs eagerly
+    kernels_enabled: bool = True  # own Triton kernels on GPUs that have room for them
     flash_attn: str = "auto"  # installed FlashAttention to use: 3, 4, 2 (PyTorch's own), auto, off
     checkpoint_seconds: float = 0.0  # seconds between resumable checkpoints; 0: at the end
     resume: bool = False  # continue the training that this run's checkpoint was saved from
@@ -252,6 +262,9 @@ def checks(c: Config):
             floor = name in MAY_BE_ZERO
             yield (v < 0 if floor else v <= 0,
                    f"{name.upper()}={v}: must be {'0 or more' if floor else 'more than 0'}")
+            # Far beyond all that is meant, and where arithmetic begins to fail.
+            most = 1e30 if type(v) is float else 1 << 40
+            yield v > most, f"{name.upper()}={v}: must be at most {most}"
     for name, allowed in CHOICES.items():
         yield (values[name] not in allowed,
                f"{name.upper()}={values[name]}: must be one of {', '.join(allowed)}")
@@ -263,8 +276,9 @@ def checks(c: Config):
            f"RUN_ID={c.name}: must be letters, digits and . _ - after the first")
     for name in BELOW_ONE:
         yield values[name] >= 1, f"{name.upper()}={values[name]}: must be below 1"
-    yield (int(c.mlp_mult * c.model_dim) < 1,
-           f"MLP_MULT={c.mlp_mult}: leaves no hidden channel at MODEL_DIM={c.model_dim}")
+    hidden = c.mlp_mult * c.model_dim
+    yield (not 1 <= hidden < 1 << 40,
+           f"MLP_MULT={c.mlp_mult}: makes {hidden:g} hidden channels at MODEL_DIM={c.model_dim}")
     for part, whole in DIVIDES:
         yield (values[whole] % values[part], f"{part.upper()}={values[part]} does not divide "
                f"{whole.upper()}={values[whole]}")
@@ -378,7 +392,9 @@ class Dist:
         if self.world > 1:
             # What AdamW would import later keeps gloo's threads alive and may abort the exit.
             from torch import _dynamo
-            torch.distributed.init_process_group("nccl" if self.on_cuda else "gloo")
+            torch.distributed.init_process_group(
+                "nccl" if self.on_cuda else "gloo",
+                device_id=self.device if self.on_cuda else None)            # or NCCL must guess it
         self.is_main = self.rank == 0
 
     def share(self, items):
@@ -488,12 +504,15 @@ class Log:
                 self.file = None                            # full disk, or nobody reads the console
                 raise ConfigError(f"{self.path} or the console: {e.strerror}") from None
 
-    def progress(self, what: str, frac: float = 0.0, **values):
-        """Say on a terminal, a few times a second, that `what` is at work and `frac` of it done."""
+    def progress(self, what: str, frac: float = 0.0, details: Callable[[], str] = str):
+        """Say on a terminal, a few times a second, that `what` is at work and `frac` of it done.
+
+        `details()` is what else to say; it is called only if there is somebody to say it to.
+        """
         if self.on_terminal and (not frac or time.perf_counter() - self.drawn > 0.2):
             self.drawn = time.perf_counter()
             share = f" {100 * frac:3.0f} %" if frac else " ..."
-            self.draw(what + share + "".join(f"  {k} {show(k, v)}" for k, v in values.items()))
+            self.draw(f"{what}{share}  {details()}")
 
     def draw(self, text: str):
         """Replace the terminal's last line."""
@@ -573,6 +592,8 @@ def read_shard(path: Path) -> Shard:
     """Map a shard into memory; raises DataError naming the file and what is wrong with it."""
     try:
         size = path.stat().st_size
+        if not path.is_file():                              # a pipe would be waited for, for ever
+            raise DataError(f"{path}: cannot be read (not a file)")
         header = np.fromfile(path, "<i4", 256)
         if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
             raise DataError(f"{path}: not a token shard (magic and version {header[:2].tolist()}, "
@@ -627,8 +648,16 @@ def load_validation(cfg: Config, clock: Clock, log: Log) -> np.ndarray:
     return tokens[:n + 1]
 
 
-def load_tokenizer(cfg: Config):
-    """The dataset's SentencePiece model; raises DataError if missing, broken or of another size."""
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file as hex, or an empty text if there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def load_tokenizer(cfg: Config, sha256: str = ""):
+    """The dataset's SentencePiece model; raises DataError if missing, broken or of another size.
+
+    So does one whose file has another hash than `sha256`, if that is known.
+    """
     from sentencepiece import SentencePieceProcessor        # only scoring needs it
     path = cfg.tokenizer_path
     if not path.is_file():
@@ -643,6 +672,8 @@ def load_tokenizer(cfg: Config):
     if size != cfg.vocab_size or not marked:
         raise DataError(f"{path}: {size} pieces and VOCAB_SIZE={cfg.vocab_size} must agree, and a "
                         "lone space must be a piece; see prepare_data.py")
+    if sha256 and sha256 != file_hash(path):
+        raise DataError(f"{path}: not the tokenizer that the artifact was made with; give that one")
     return tokenizer
 
 
@@ -896,12 +927,15 @@ class Linear(nn.Module):
         if rng:
             nn.init.orthogonal_(self.weight, generator=rng)
 
+    def cast(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+        """The weight (O, I) in `dtype`, its rows times `scale` (O,) if given."""
+        # Scaling the rows is scaling the outputs, and spares a pass over all of those and another
+        # one over their gradients: 3 ms of a looped step (bench/RESULTS.md).
+        return (self.weight if scale is None else self.weight * scale[:, None]).to(dtype)
+
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """(..., I) -> (..., O) in the dtype of `x`, times `scale` (O,) if given."""
-        # Scaling the rows of the weight gives the same and spares a pass over all outputs, and
-        # another one over their gradients: 3 ms of a looped step (bench/RESULTS.md).
-        weight = self.weight if scale is None else self.weight * scale[:, None]
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, self.cast(x.dtype, scale))
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -930,6 +964,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rest], dim=-1)
 
 
+def split_heads(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values of all heads; the first two normed and turned, queries sharpened.
+
+    Args: x (B, T, H + 2 K, D); gain (H,), a query's length over that of a key; cos, sin (T, 1, R).
+    Returns: q (B, T, H, D), k (B, T, K, D), v (B, T, K, D).
+    """
+    H = len(gain)
+    K = (x.size(2) - H) // 2
+    q, k, v = x.split([H, K, K], dim=2)
+    return (rotate(rms_norm(q), cos, sin) * gain.to(x.dtype)[:, None],
+            rotate(rms_norm(k), cos, sin), v)
+
+
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     """Remove from each head's output its component along the token's own value.
 
@@ -943,12 +990,23 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, D)
 
 
+def squared_mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Two products around leaky_relu(.)^2; its slope 0.5 keeps gradients on the negative side.
+
+    Args: x (B, T, C); up (O, C); down (C, O).  Returns: hidden (B, T, O), output (B, T, C).
+    Another activation here is another one in the kernel `activate`, or KERNELS_ENABLED=0.
+    """
+    h = F.leaky_relu(F.linear(x, up), 0.5).square()
+    return h, F.linear(h, down)
+
+
 class Shared(NamedTuple):
     """What all layers read."""
     x0: Tensor                  # (B, T, C) normed embedding, where the residual stream began
     cos: Tensor                 # (T, 1, R) of the rotation angles
     sin: Tensor
     values: Tensor | None       # (B, T, K, D) embedding for the values of the last layers
+    fused: bool                 # whether kernels do what they can
 
 
 class Attention(nn.Module):
@@ -958,9 +1016,9 @@ class Attention(nn.Module):
         """Weights of layer `layer`."""
         super().__init__()
         C, D, K = cfg.model_dim, cfg.head_dim, cfg.num_kv_heads
-        self.widths, self.head_dim = (C, K * D, K * D), D
+        self.head_dim = D
         self.xsa, self.name = layer >= cfg.num_layers - cfg.xsa_last_n, f"layers.{layer}.attn"
-        self.c_q, self.c_k, self.c_v = (Linear(C, width, rng) for width in self.widths)
+        self.c_q, self.c_k, self.c_v = (Linear(C, width, rng) for width in (C, K * D, K * D))
         self.proj = Linear(C, C, None)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         embeds = cfg.value_embed_dim and layer >= cfg.num_layers - cfg.value_embed_last_n
@@ -972,26 +1030,24 @@ class Attention(nn.Module):
         observe(x, *(f"{self.name}.{n}.weight" for n in ("c_q", "c_k", "c_v")))
         weight = torch.cat([                                            # one product for all three
             self.c_q.weight, self.c_k.weight, self.c_v.weight])
-        q, k, v = (
-            h.view(B, T, -1, self.head_dim)                             # (B, T, H or K, D)
-            for h in F.linear(x, weight.to(x.dtype)).split(self.widths, dim=-1))
+        qkv = F.linear(x, weight.to(x.dtype)).view(                     # (B, T, H + 2 K, D)
+            B, T, -1, self.head_dim)
+        split, exclude = (FusedHeads.apply, FusedExclusion.apply) if shared.fused else (
+            split_heads, exclude_self)
+        q, k, v = split(qkv, self.q_gain, shared.cos, shared.sin)
         # Here and not later, as exclusive attention is to see the value that is attended to.
         if self.value_gain is not None:
             v = v + self.value_gain.to(x.dtype) * shared.values
-        gain = self.q_gain.to(x.dtype)[:, None]                         # sharpness of each head
-        q, k = (
-            rotate(rms_norm(q), shared.cos, shared.sin) * gain,
-            rotate(rms_norm(k), shared.cos, shared.sin))
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
             is_causal=True, enable_gqa=True).transpose(1, 2)            # (B, T, H, D)
-        y = (exclude_self(y, v) if self.xsa else y).reshape(B, T, C)
+        y = (exclude(y, v) if self.xsa else y).reshape(B, T, C)
         observe(y, f"{self.name}.proj.weight")
         return self.proj(y, scale)
 
 
 class MLP(nn.Module):
-    """Two matrices around leaky_relu(x)^2; its slope 0.5 keeps gradients on the negative side."""
+    """Two matrices with a squared leaky ReLU in between."""
 
     def __init__(self, cfg: Config, layer: int, rng: torch.Generator):
         """Hidden width is mlp_mult * model_dim."""
@@ -1002,12 +1058,13 @@ class MLP(nn.Module):
             Linear(cfg.model_dim, hidden, rng),
             Linear(hidden, cfg.model_dim, None))
 
-    def forward(self, x: Tensor, scale: Tensor, observe) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor, fused: bool, observe) -> Tensor:
         """(B, T, C) -> (B, T, C), outputs times `scale` (C,)."""
         observe(x, f"{self.name}.fc.weight")
-        h = F.leaky_relu(self.fc(x), 0.5).square()                      # (B, T, mlp_mult * C)
+        h, y = (FusedMLP.apply if fused else squared_mlp)(              # (B, T, mlp_mult * C)
+            x, self.fc.cast(x.dtype), self.proj.cast(x.dtype, scale))
         observe(h, f"{self.name}.proj.weight")
-        return self.proj(h, scale)
+        return y
 
 
 class Block(nn.Module):
@@ -1036,7 +1093,7 @@ class Block(nn.Module):
         u = h + self.attn(n, shared, self.attn_scale, observe)
         if not self.parallel:
             n = rms_norm(u) * self.ln_scale
-        return u + self.mlp(n, self.mlp_scale, observe)
+        return u + self.mlp(n, self.mlp_scale, shared.fused, observe)
 
 
 class BigramHash(nn.Module):
@@ -1102,7 +1159,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
         """Initial weights depend on cfg.seed alone; `dtype` is that of the activations."""
         super().__init__()
-        self.cfg, self.dtype = cfg, dtype
+        self.cfg, self.dtype, self.fused = cfg, dtype, False
         rng = torch.Generator().manual_seed(int(hex_digest(cfg.seed, "weights")[:15], 16))
         self.tok_emb = nn.Parameter(torch.empty(cfg.vocab_size, cfg.model_dim))     # (V, C)
         nn.init.normal_(self.tok_emb, std=cfg.tied_embed_init_std, generator=rng)
@@ -1135,16 +1192,18 @@ class GPT(nn.Module):
 
     def merge_skip(self, x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
         """Blend a skip, scaled by `weight` (C,), into x: a lerp by the gate, or just a sum."""
-        skip = weight.to(x.dtype) * skip
-        return x + skip if gate is None else torch.lerp(
-            skip, x, gate.sigmoid().to(x.dtype))
+        if gate is None:
+            return x + weight.to(x.dtype) * skip
+        # As two scaled terms, whose gradients are two plain sums: 1 % of a step (bench/RESULTS.md).
+        share = gate.sigmoid()
+        return share.to(x.dtype) * x + ((1 - share) * weight).to(x.dtype) * skip
 
     def features(self, tokens: Tensor, looped: bool, observe=unobserved) -> Tensor:
         """Normed final state of every position, (B, T, C), for tokens (B, T) int64."""
         T = tokens.size(1)
         values = self.values(tokens).to(self.dtype) if self.values else None
         x = self.embed(tokens)                                                      # (B, T, C)
-        shared = Shared(x, self.cos[:T], self.sin[:T], values)
+        shared = Shared(x, self.cos[:T], self.sin[:T], values, self.fused)
         # The first half leaves its states on a stack, the second half takes them off again, so that
         # first meets last.  More layers run once recurrence is on, and then more rows of the skips
         # are used: what a row stands for changes at that moment, as in #1493.
@@ -1260,6 +1319,343 @@ def attention_works(cfg: Config, dist: Dist, backend) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------
+# Kernels: three functions of the model, each in as few passes over memory as it can do with
+# ------------------------------------------------------------------------------------------------
+# In Triton; what the compiler makes of these takes 5 % of a step more (bench/RESULTS.md).  Each has
+# a twin above, which runs where the kernels cannot and which tests compare it to.  Around attention
+# a program works on ROWS positions of one head: b = ROWS in shapes.  A kernel sees nothing but its
+# arguments, all addresses, sizes and strides, hence their number.
+
+class FusedHeads(torch.autograd.Function):
+    """`split_heads` by kernels."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """(B, T, H + 2 K, D) -> (B, T, H, D), (B, T, K, D), (B, T, K, D)."""
+        x = x.contiguous()
+        B, T, heads, D = x.shape
+        H = len(gain)
+        K = (heads - H) // 2
+        q, k, v = (x.new_empty(B, T, n, D) for n in (H, K, K))
+        heads_forward[programs(x)](
+            x,
+            q, k, v,
+            gain, cos, sin,
+            B * T, T,
+            H, K, D, cos.size(-1),
+            ROWS)
+        ctx.save_for_backward(x, gain, cos, sin)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
+        """Gradients of x and gain."""
+        x, gain, cos, sin = ctx.saved_tensors
+        B, T, heads, D = x.shape
+        H = len(gain)
+        dx = torch.empty_like(x)
+        sums = gain.new_empty(-(-B * T // ROWS), H)                                 # (blocks, H)
+        heads_backward[programs(x)](
+            dq.contiguous(), dk.contiguous(), dv.contiguous(),
+            x,
+            dx, sums,
+            gain, cos, sin,
+            B * T, T,
+            H, (heads - H) // 2, D, cos.size(-1),
+            ROWS)
+        return dx, sums.sum(0), None, None
+
+
+class FusedExclusion(torch.autograd.Function):
+    """`exclude_self` by kernels."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, v: Tensor) -> Tensor:
+        """(B, T, H, D), (B, T, K, D) -> (B, T, H, D)."""
+        y, v = y.contiguous(), v.contiguous()
+        B, T, K, D = v.shape
+        out = torch.empty_like(y)
+        exclusion_forward[programs(v)](
+            y, v, out,
+            B * T,
+            K, y.size(2) // K, D,
+            ROWS)
+        ctx.save_for_backward(y, v)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of y and v."""
+        y, v = ctx.saved_tensors
+        B, T, K, D = v.shape
+        dy, dv = torch.empty_like(y), torch.empty_like(v)
+        exclusion_backward[programs(v)](
+            grad.contiguous(), y, v,
+            dy, dv,
+            B * T,
+            K, y.size(2) // K, D,
+            ROWS)
+        return dy, dv
+
+
+class FusedMLP(torch.autograd.Function):
+    """`squared_mlp` with the activation in the kernels of the products around it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, C), (O, C), (C, O) -> (B, T, O), (B, T, C)."""
+        h = x.new_empty(*x.shape[:2], len(up))
+        a = torch.empty_like(h)             # leaky_relu, whose square is h
+        squared_product(x, up, a, h, backward=False)
+        ctx.save_for_backward(x, up, down, a, h)
+        ctx.mark_non_differentiable(h)      # shown to whoever observes, used by nobody
+        return h, F.linear(h, down)
+
+    @staticmethod
+    def backward(ctx, _, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x, up and down."""
+        x, up, down, a, h = ctx.saved_tensors
+        grad, dp = grad.contiguous(), torch.empty_like(h)   # dp: gradient before the activation
+        squared_product(grad, down.T.contiguous(), a, dp, backward=True)
+        rows = lambda t: t.flatten(0, 1)
+        return dp @ up, rows(dp).T @ rows(x), rows(grad).T @ rows(h)
+
+
+ROWS = 16                   # positions of a program around attention
+TILE = 128, 256, 64         # rows, columns and depth of a tile of the MLP's products
+
+
+def kernels_work(cfg: Config, dist: Dist) -> bool:
+    """Whether all kernels can run here for this model, and are asked for."""
+    if triton is None or not dist.on_cuda or not cfg.kernels_enabled:
+        return False
+    widths = cfg.head_dim, cfg.rope_dims // 2
+    room = torch.cuda.get_device_properties(dist.device).shared_memory_per_block_optin
+    return (all(n and n & n - 1 == 0 for n in widths) and room >= 227 << 10
+            and int(cfg.mlp_mult * cfg.model_dim) % TILE[1] == 0 and cfg.model_dim % TILE[2] == 0)
+
+
+def programs(x: Tensor) -> tuple[int]:
+    """How many programs work on x (B, T, heads, D)."""
+    return (-(-x.size(0) * x.size(1) // ROWS) * x.size(2),)
+
+
+def squared_product(x: Tensor, w: Tensor, a: Tensor, out: Tensor, backward: bool):
+    """out (B, T, O) from p = x w^T, with x (B, T, I), w (O, I) and a (B, T, O) the leaky ReLU.
+
+    Forward writes a = leaky_relu(p) and out = a^2; backward reads a, and out is p times the slope
+    of the square there.
+    """
+    M, N, K = TILE
+    x, a, out = (t.flatten(0, 1) for t in (x, a, out))
+    count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    tiles = (x, [M, K]), (w, [N, K]), (a, [M, N // 2]), (out, [M, N // 2])
+    product_kernel[(count,)](
+        *(TensorDescriptor.from_tensor(*tile) for tile in tiles),
+        len(x), *w.shape,
+        backward,
+        *TILE,
+        count,
+        num_warps=8,
+        num_stages=3 if backward else 4)    # depths on the chip at once: all that it holds
+
+
+jit = triton.jit if triton else lambda kernel: kernel
+
+
+@jit
+def heads_forward(
+        x_ptr,
+        q_ptr, k_ptr, v_ptr,
+        gain_ptr, cos_ptr, sin_ptr,
+        rows, T,
+        H: tl.constexpr, K: tl.constexpr,
+        D: tl.constexpr, R: tl.constexpr,
+        ROWS: tl.constexpr):
+    """Split x (rows, H + 2 K, D) into q (rows, H, D), k and v (rows, K, D)."""
+    head = tl.program_id(0) % (H + 2 * K)
+    row = tl.program_id(0) // (H + 2 * K) * ROWS + tl.arange(0, ROWS)[:, None]          # (b, 1)
+    pair = tl.arange(0, D // 2)[None]                                                   # (1, D / 2)
+    inside = row < rows
+    d = first_of(pair, R)
+    a, b = load_pairs(x_ptr + (row * (H + 2 * K) + head) * D + d, R, inside)
+    out = find_head(q_ptr, k_ptr, v_ptr, head, row, H, K, D) + d
+    if head < H + K:
+        cos, sin = load_angles(cos_ptr, sin_ptr, row % T, pair, R, inside)
+        scale = tl.rsqrt(tl.sum(a * a + b * b, 1)[:, None] / D + 1e-6)                  # (b, 1)
+        scale *= tl.load(gain_ptr + head, head < H, 1.0)
+        left = scale * (a * cos + b * sin)
+        b = scale * (b * cos - a * sin)
+        a = left
+    store_pairs(out, R, inside, a, b)
+
+
+@jit
+def heads_backward(
+        dq_ptr, dk_ptr, dv_ptr,
+        x_ptr,
+        dx_ptr, sums_ptr,
+        gain_ptr, cos_ptr, sin_ptr,
+        rows, T,
+        H: tl.constexpr, K: tl.constexpr,
+        D: tl.constexpr, R: tl.constexpr,
+        ROWS: tl.constexpr):
+    """Gradient of x from those of q, k and v; of each gain, one sum a block (blocks, H)."""
+    head = tl.program_id(0) % (H + 2 * K)
+    block = tl.program_id(0) // (H + 2 * K)
+    row = block * ROWS + tl.arange(0, ROWS)[:, None]                                    # (b, 1)
+    pair = tl.arange(0, D // 2)[None]                                                   # (1, D / 2)
+    inside = row < rows
+    d = first_of(pair, R)
+    at = (row * (H + 2 * K) + head) * D + d
+    da, db = load_pairs(find_head(dq_ptr, dk_ptr, dv_ptr, head, row, H, K, D) + d, R, inside)
+    if head < H + K:
+        a, b = load_pairs(x_ptr + at, R, inside)
+        cos, sin = load_angles(cos_ptr, sin_ptr, row % T, pair, R, inside)
+        scale = tl.rsqrt(tl.sum(a * a + b * b, 1)[:, None] / D + 1e-6)                  # (b, 1)
+        a *= scale
+        b *= scale
+        left = da * cos - db * sin
+        db = da * sin + db * cos
+        along = tl.sum(left * a + db * b, 1)[:, None]       # also what a larger gain would change
+        if head < H:
+            tl.store(sums_ptr + block * H + head, tl.sum(along))
+        scale *= tl.load(gain_ptr + head, head < H, 1.0)
+        da = scale * (left - a * along / D)
+        db = scale * (db - b * along / D)
+    store_pairs(dx_ptr + at, R, inside, da, db)
+
+
+@jit
+def first_of(pair, R: tl.constexpr):
+    """Channels that a rotation pairs with those R further on.
+
+    The first R pairs are turned, the others are there so that all channels are in one: loads of
+    whole rows cost less than loads of some channels (bench/RESULTS.md).
+    """
+    return pair // R * (2 * R) + pair % R
+
+
+@jit
+def find_head(
+        q_ptr, k_ptr, v_ptr,
+        head, row,
+        H: tl.constexpr, K: tl.constexpr, D: tl.constexpr):
+    """Where `head` of H + 2 K begins in each row: in q (rows, H, D), k or v (rows, K, D)."""
+    at = v_ptr + (row * K + head - H - K) * D
+    if head < H + K:
+        at = k_ptr + (row * K + head - H) * D
+    if head < H:
+        at = q_ptr + (row * H + head) * D
+    return at
+
+
+@jit
+def load_pairs(at, R: tl.constexpr, inside):
+    """Both channels of all pairs, in float32."""
+    a = tl.load(at, inside, 0.0)
+    b = tl.load(at + R, inside, 0.0)
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@jit
+def store_pairs(at, R: tl.constexpr, inside, a, b):
+    """Inverse of `load_pairs`."""
+    tl.store(at, a, inside)
+    tl.store(at + R, b, inside)
+
+
+@jit
+def load_angles(cos_ptr, sin_ptr, position, pair, R: tl.constexpr, inside):
+    """Cosine and sine of the angle that a pair is turned by: 0 beyond the first R."""
+    turned = inside & (pair < R)
+    cos = tl.load(cos_ptr + position * R + pair, turned, 1.0)
+    sin = tl.load(sin_ptr + position * R + pair, turned, 0.0)
+    return cos.to(tl.float32), sin.to(tl.float32)
+
+
+@jit
+def exclusion_forward(
+        y_ptr, v_ptr, out_ptr,
+        rows,
+        K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+        ROWS: tl.constexpr):
+    """y (rows, K, G, D) less its component along v (rows, K, D)."""
+    row = tl.program_id(0) // K * ROWS + tl.arange(0, ROWS)[:, None]                    # (b, 1)
+    head = tl.program_id(0) % K
+    d = tl.arange(0, D)[None]                                                           # (1, D)
+    inside = row < rows
+    v = tl.load(v_ptr + (row * K + head) * D + d, inside, 0.0).to(tl.float32)           # (b, D)
+    length = tl.maximum(tl.sum(v * v, 1)[:, None], 1e-24)                               # (b, 1)
+    for g in range(G):
+        at = ((row * K + head) * G + g) * D + d
+        y = tl.load(y_ptr + at, inside, 0.0).to(tl.float32)
+        y -= tl.sum(y * v, 1)[:, None] / length * v
+        tl.store(out_ptr + at, y, inside)
+
+
+@jit
+def exclusion_backward(
+        grad_ptr, y_ptr, v_ptr,
+        dy_ptr, dv_ptr,
+        rows,
+        K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+        ROWS: tl.constexpr):
+    """Gradients of y (rows, K, G, D) and v (rows, K, D)."""
+    row = tl.program_id(0) // K * ROWS + tl.arange(0, ROWS)[:, None]                    # (b, 1)
+    head = tl.program_id(0) % K
+    d = tl.arange(0, D)[None]                                                           # (1, D)
+    inside = row < rows
+    v_at = (row * K + head) * D + d
+    v = tl.load(v_ptr + v_at, inside, 0.0).to(tl.float32)                               # (b, D)
+    length = tl.maximum(tl.sum(v * v, 1)[:, None], 1e-24)                               # (b, 1)
+    dv = tl.zeros_like(v)
+    for g in range(G):
+        at = ((row * K + head) * G + g) * D + d
+        y = tl.load(y_ptr + at, inside, 0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + at, inside, 0.0).to(tl.float32)
+        share = tl.sum(y * v, 1)[:, None] / length                                      # (b, 1)
+        along = tl.sum(grad * v, 1)[:, None] / length
+        tl.store(dy_ptr + at, grad - along * v, inside)
+        dv -= share * grad + along * (y - 2 * share * v)
+    tl.store(dv_ptr + v_at, dv, inside)
+
+
+@jit
+def product_kernel(
+        x, w, a, out,
+        rows, O, I,
+        BACKWARD: tl.constexpr,
+        M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+        PROGRAMS: tl.constexpr):
+    """Tiles (M, N) of `squared_product`, all arguments before `rows` descriptors of matrices."""
+    # One program for each multiprocessor takes tile after tile, so that the loads for the next one
+    # are under way while this one is finished; in two halves, as memory on the chip is short.
+    across = O // N
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, M) * across, PROGRAMS, flatten=True):
+        row = tile // across * M
+        column = tile % across * N
+        p = tl.zeros((M, N), tl.float32)
+        for i in range(0, I, K):
+            p = tl.dot(x.load([row, i]), w.load([column, i]).T, p)
+        left, right = p.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+        activate(left, a, out, row, column, BACKWARD)
+        activate(right, a, out, row, column + N // 2, BACKWARD)
+
+
+@jit
+def activate(p, a_desc, out, row, column, BACKWARD: tl.constexpr):
+    """Finish the part p of a tile that begins at (row, column)."""
+    if BACKWARD:
+        a = a_desc.load([row, column]).to(tl.float32)
+        out.store([row, column], (p * (a + tl.maximum(a, 0.0))).to(out.dtype))
+    else:
+        a = tl.maximum(p, 0.5 * p)
+        a_desc.store([row, column], a.to(out.dtype))
+        out.store([row, column], (a * a).to(out.dtype))
+
+
+# ------------------------------------------------------------------------------------------------
 # Optimizer: Muon for the matrices, AdamW for the rest, all on one flat vector
 # ------------------------------------------------------------------------------------------------
 # Muon (Jordan et al. 2024) with unit rows before orthogonalisation (parameter-golf #1285).
@@ -1353,6 +1749,7 @@ class Optimizer:
     def __init__(self, cfg: Config, flat: Flat, dist: Dist):
         """All memory of gradients is zero."""
         self.cfg, self.flat, self.dist = cfg, flat, dist
+        self.orthogonalize = compiler(cfg, dist)(orthogonalize)
         self.momentum = torch.zeros_like(flat.part(flat.grad, "matrices"))
         groups = []
         for name, lr, decay in (("embedding", cfg.tied_embed_lr, cfg.embed_wd),
@@ -1385,7 +1782,7 @@ class Optimizer:
         mine = G[self.dist.rank * each:(self.dist.rank + 1) * each]
         if len(mine) < each:                                # equal parts: fill up with zeros
             mine = torch.cat([mine, G.new_zeros(each - len(mine), *G.shape[1:])])
-        mine = orthogonalize(mine, self.cfg.muon_backend_steps, self.cfg.muon_row_normalize,
+        mine = self.orthogonalize(mine, self.cfg.muon_backend_steps, self.cfg.muon_row_normalize,
                              self.dist.dtype)
         return self.dist.join(mine)[:N]
 
@@ -1567,7 +1964,8 @@ def quantize_model(run: "Run", weights: Tensor, hessians: dict, clip_sigmas: flo
         Q, scale = quantize_stack(W, H, (bits, clip), cfg, names[0], run.log)
         for name, w, q, s in zip(names, W, Q, scale):
             tensors[name], tensors[f"{name}.scale"] = q, s
-            mse = ((w - q * s.float()[:, None]).square().mean() / w.var()).item()
+            least = torch.finfo(w.dtype).tiny               # a matrix of zeros has no variance
+            mse = ((w - q * s.float()[:, None]).square().mean() / w.var().clamp_min(least)).item()
             at_limit = (q.abs() == 2 ** (bits - 1) - 1).float().mean().item()
             rows.append(dict(name=name, bits=bits, clip_sigmas=clip, mse=mse, clip_frac=at_limit,
                              entropy_bytes=round(entropy_bytes(q))))
@@ -1624,14 +2022,16 @@ def from_bytes(raw, dtype: str, shape: list[int], shuffle: bool) -> Tensor:
 
 
 def write_atomic(path: Path, parts):
-    """Write the byte strings `parts` to `path`, whole or not at all."""
+    """Write the byte strings `parts` to `path`, a file below OUT_DIR, whole or not at all."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The file appears under its name by a rename, once all of it is on the disk.  A run that is
         # killed before leaves its part behind, which nothing ever reads.
-        for left in path.parent.glob(f"{path.name}.*.part"):        # by a run that was killed
-            left.unlink()
+        mine = re.compile(re.escape(path.name) + r"\.\d+\.part")
+        for left in path.parent.iterdir():
+            if mine.fullmatch(left.name):                   # by a run that was killed
+                left.unlink()
         with part.open("wb") as f:
             for data in parts:
                 f.write(data)
@@ -1687,6 +2087,8 @@ def read_container(path: Path, kind: str, layout=None) -> tuple[dict, dict[str, 
     and no fewer; a file that lists others is refused before any of it is inflated.
     """
     try:
+        if path.is_fifo():                                  # which would be waited for, for ever
+            raise ArtifactError(f"{path}: cannot be read (not a file); run its stage first")
         return parse_container(path.read_bytes(), kind, layout)
     except OSError as e:
         raise ArtifactError(f"{path}: cannot be read ({e.strerror}); run its stage first") from None
@@ -1733,7 +2135,8 @@ def tensor_sizes(header: dict, layout: dict | None) -> list[int]:
     listed = {name: (dtype, tuple(shape)) for name, dtype, shape in header["tensors"]}
     if layout is not None and listed != layout:
         name = next(n for n in {**layout, **listed} if layout.get(n) != listed.get(n))
-        raise ValueError(f"{name} is {listed.get(name)}, this model's is {layout.get(name)}")
+        raise ValueError(
+            f"{ascii(name)} is {listed.get(name)}, this model's is {layout.get(name)}")
     # Whatever the header says is compared before a byte is inflated: a file of some hundred bytes
     # may stand for gigabytes of zeros.
     numbers = [n for _, shape in listed.values() for n in shape] + header["segments"]
@@ -1997,6 +2400,19 @@ class Run(NamedTuple):
         return self.token_nll(features.float(), targets)
 
 
+def compiler(cfg: Config, dist: Dist) -> Callable:
+    """What to compile a function with here: torch.compile, or nothing, which returns it as it is.
+
+    Compiled functions are made for the shapes that they meet, and anew for others.
+    """
+    if not cfg.compile_enabled or not dist.on_cuda:
+        return lambda function: function
+    # Row and column sums fused in one kernel cost 7 to 12 ms a step here (bench/RESULTS.md).
+    fused = "triton.mix_order_reduction"
+    options = {fused: False} if fused in torch._inductor.list_options() else {}
+    return partial(torch.compile, dynamic=False, fullgraph=True, options=options)
+
+
 def start_run(cfg: Config, dist: Dist, log: Log) -> Run:
     """Build the model with its initial weights on this rank's device."""
     # Equal parts on all ranks keep the mean of ranks equal to the mean of sequences.
@@ -2005,13 +2421,9 @@ def start_run(cfg: Config, dist: Dist, log: Log) -> Run:
                           f"of TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}; change one of them")
     model = GPT(cfg, dist.dtype)
     flat = Flat(model, dist.device)
-    work = model.features, model.token_nll, model.matrix_inputs
-    if cfg.compile_enabled and dist.on_cuda:
-        # Row and column sums fused in one kernel cost 7 to 12 ms a step here (bench/RESULTS.md).
-        fused = "triton.mix_order_reduction"
-        options = {fused: False} if fused in torch._inductor.list_options() else {}
-        work = [torch.compile(f, dynamic=False, fullgraph=True, options=options) for f in work]
-    log("model", params=len(flat.data))
+    model.fused = kernels_work(cfg, dist)
+    work = map(compiler(cfg, dist), (model.features, model.token_nll, model.matrix_inputs))
+    log("model", params=len(flat.data), kernels=model.fused)
     for name, names in flat.groups.items():
         log("group", name=name, optimizer="muon" if name == "matrices" else "adamw",
             tensors=len(names), params=len(flat.part(flat.data, name)))
@@ -2086,10 +2498,19 @@ def usual_seconds(dist: Dist, times: int, work) -> float:
 
 
 def matmul_rate(dist: Dist) -> float:
-    """Floating-point operations a second of this device in one large matrix product."""
-    n = 8192 if dist.on_cuda else 512
-    x = torch.randn(n, n, device=dist.device, dtype=dist.dtype)
-    return 2 * n ** 3 / usual_seconds(dist, 5, lambda: x @ x)
+    """Floating-point operations a second of this device in large matrix products.
+
+    Queued, as a step's are: waiting for each would measure the waiting, too.
+    """
+    n, times = (8192, 20) if dist.on_cuda else (512, 3)
+    A, B = torch.randn(2, n, n, device=dist.device, dtype=dist.dtype)
+
+    def products():
+        """So many, without waiting for any."""
+        for _ in range(times):
+            A @ B
+    # Of two rounds the faster one counts: the first warms up.
+    return times * 2 * n ** 3 / usual_seconds(dist, 2, products)
 
 
 def flops_per_token(cfg: Config, looped: bool) -> float:
@@ -2166,6 +2587,7 @@ class Trainer:
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
         self.ceiling = matmul_rate(run.dist)
         self.looping = self.stopping = False
+        self.plain_steps = math.inf                 # steps that ran before recurrence was on
         self.logged = self.saved = (0, 0.0)         # step and second of the last log and save
 
     def train(self) -> str:
@@ -2205,7 +2627,7 @@ class Trainer:
 
     def start_looping(self, frac: float):
         """Turn recurrence on for the rest of training."""
-        self.looping = True
+        self.looping, self.plain_steps = True, self.step
         encoder, decoder = layer_schedule(self.run.cfg, True)
         self.run.log("loop_on", n=self.step + 1, frac=frac, elapsed_s=self.seconds,
                      encoder=encoder, decoder=decoder)
@@ -2227,7 +2649,7 @@ class Trainer:
                             "lower MATRIX_LR or TIED_EMBED_LR")
         if last or n == 1 or n % self.run.cfg.train_log_every == 0:
             self.log_step(n)
-        self.show_progress(n)
+        self.run.log.progress("training", min(self.frac(), 1.0), lambda: self.outlook(n))
 
     def pace(self, n: int) -> dict[str, float]:
         """Speed between the last logged step and step n, zeros where there is none between."""
@@ -2237,16 +2659,16 @@ class Trainer:
             return dict(step_ms=0.0, tokens_per_s=0, mfu=0.0)
         # mfu: what the model needs, over what this device does in one large product of matrices.
         rate = steps * cfg.train_batch_tokens / seconds
-        used = rate * flops_per_token(cfg, self.looping) / self.run.dist.world
+        looped = (n - max(step, self.plain_steps)) / steps if n > self.plain_steps else 0.0
+        needed = flops_per_token(cfg, True) * looped + flops_per_token(cfg, False) * (1 - looped)
         return dict(step_ms=1000 * seconds / steps, tokens_per_s=round(rate),
-                    mfu=used / self.ceiling)
+                    mfu=rate * needed / self.run.dist.world / self.ceiling)
 
-    def show_progress(self, n: int):
-        """Draw where training is, how fast, and how long it will go on."""
-        speed, frac = self.pace(n), self.frac()
-        left = self.seconds * (1 - frac) / frac if frac else 0.0
-        self.run.log.progress("training", min(frac, 1.0) or 1e-9, step=n, loss=round(self.loss, 4),
-                              **speed, left_s=round(max(left, 0.0)))
+    def outlook(self, n: int) -> str:
+        """How long training will go on, and how step n went; short enough for 80 columns."""
+        left, speed = self.seconds * max(1 / self.frac() - 1, 0.0), self.pace(n)["tokens_per_s"]
+        return f"{left:.0f} s left  step {n}  loss {self.loss:.2f}" + (
+            f"  {speed:,} tokens/s" if speed else "")
 
     def log_step(self, n: int):
         """Log step n, with the pace since the last logged one; check that ranks share one plan."""
@@ -2299,18 +2721,18 @@ class Trainer:
 
 def read_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]]:
     """(meta, tensors) of this run's checkpoint, complete and made for this model."""
-    found = read_for_run(run, "checkpoint", dict(step=int, seconds=float, expected_steps=int))
-    if found[0].get("layout") != run.flat.digest:
+    numbers = dict(step=int, seconds=float, expected_steps=int)
+    meta, tensors = read_for_run(run, "checkpoint", numbers)
+    if meta.get("layout") != run.flat.digest:
         raise ArtifactError(f"{run.cfg.run_dir}: the checkpoint has its parameters in another "
                             "order, as some other version of this program had; train again")
-    if type(found[0].get("loader")) is not dict:
+    if type(meta.get("loader")) is not dict:
         raise ArtifactError(f"{run.cfg.run_dir}: the checkpoint lacks its place in the data")
-    tensors = found[1]
     if min(tensors["step.0"], tensors["step.1"]) < 0 or not all(
             t.isfinite().all() for t in tensors.values()):
         raise ArtifactError(f"{run.cfg.run_dir}: the checkpoint holds numbers that no training "
                             "leaves; train again")
-    return found
+    return meta, tensors
 
 
 def train_stage(run: Run) -> Trained:
@@ -2389,7 +2811,7 @@ def fit_artifact(run: Run, trained: Trained, hessians: dict[str, Tensor]) -> lis
         quantized = time.perf_counter()
         run.log.progress("compressing")
         meta = dict(model=cfg.group("model"), scoring=cfg.group("scoring"), dataset=cfg.dataset,
-                    steps=trained.steps)
+                    steps=trained.steps, tokenizer=file_hash(cfg.tokenizer_path))
         parts = pack_tensors("artifact", meta, tensors, compress=True)
         size = sum(map(len, parts))
         run.log("compress", attempt=attempt, matrix_clip_sigmas=clip, model_bytes=size,
@@ -2451,9 +2873,9 @@ def warm_up_scoring(run: Run):
 
 def eval_stage(run: Run, trained: Trained | None) -> dict:
     """Score the artifact, and the weights behind it if at hand; returns the final block."""
-    cfg, clock, flat = run.cfg, run.clock, run.flat
+    cfg, clock = run.cfg, run.clock
     meta, tensors = read_for_run(run, "artifact", dict(steps=int))
-    tokenizer = load_tokenizer(cfg)
+    tokenizer = load_tokenizer(cfg, meta.get("tokenizer"))
     warm_up_scoring(run)
     if clock.phase == "train":                              # this run has not calibrated
         clock.close_training_data()
@@ -2517,10 +2939,12 @@ def log_run(cfg: Config, dist: Dist, log: Log, chosen: list[str]):
         code_sha256=hashlib.sha256(source).hexdigest(), command=command,
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), stages=cfg.stages)
     if dist.is_main and (Path(__file__).parent / "pack.py").is_file():
-        with suppress(ImportError):                         # its library is optional
+        with suppress(ImportError):
             import pack
-            packed = pack.pack_source(source.decode())
-            log("packed", code_bytes=len(packed), code_sha256=hashlib.sha256(packed).hexdigest())
+            with suppress(pack.PackError):                  # its library is optional
+                packed = pack.pack_source(source.decode())
+                log("packed", code_bytes=len(packed),
+                    code_sha256=hashlib.sha256(packed).hexdigest())
     for group in GROUPS.values():
         values = {
             ("*" if n in chosen else "") + n: v
@@ -2557,6 +2981,9 @@ def slow_parts(run: Run, attention: str) -> list[str]:
         return found
     if not cfg.compile_enabled:
         found.append("the compiler is off; set COMPILE_ENABLED=1")
+    if not run.model.fused:
+        found.append("kernels of our own are off; they take KERNELS_ENABLED=1, Triton, a GPU with "
+                     "227 KB of shared memory a block and widths that fit (kernels_work)")
     if attention in ("efficient", "math"):
         found.append(f"attention by the {attention} backend; newer GPUs and PyTorch have cuDNN's")
     return found
@@ -2590,6 +3017,7 @@ def main() -> int:
     if sys.argv[1:] in (["--help"], ["-h"]):
         print_help()
         return 0
+    code = 2
     try:
         if sys.argv[1:]:
             raise ConfigError(f"{sys.argv[1]}: settings are environment variables; see --help")
@@ -2601,7 +3029,7 @@ def main() -> int:
     except GolfError as e:
         problem = str(e)
     except OSError as e:                    # a folder that cannot be entered, a name too long
-        problem = f"{e.filename}: {e.strerror}"
+        problem = f"{e.filename}: {e.strerror}" if e.filename else str(e)
     except RuntimeError as e:
         if isinstance(e, torch.distributed.DistError) or "peer" in str(e):
             problem = "another rank has died, its own message says why; RESUME=1 continues"
@@ -2609,10 +3037,13 @@ def main() -> int:
             problem = "out of memory; lower MICRO_BATCH_SEQS, EVAL_BATCH_SEQS or the model's size"
         else:
             raise
+    except KeyboardInterrupt:
+        code, problem = 130, "stopped; STAGES can leave out what is done"
     # A message may quote a file that someone else made: one line of it, and not all of a long one.
     problem = "".join(c if c.isprintable() else " " for c in problem)[:1000]
-    print(f"train_gpt: {problem}", file=sys.stderr)
-    return 2
+    erase = "\r\x1b[K" if sys.stderr.isatty() else ""       # what Log.progress has drawn there
+    print(f"{erase}train_gpt: {problem}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

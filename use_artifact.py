@@ -97,14 +97,15 @@ def open_artifact(path: Path, data_dir: str,
         cfg = config_of(path, meta, data_dir)
         opened.append(train_gpt.start_run(cfg, train_gpt.Dist({}), Silence()))
         return train_gpt.artifact_layout(opened[0].flat)
-    _, tensors = train_gpt.read_container(path, "artifact", expected)
+    meta, tensors = train_gpt.read_container(path, "artifact", expected)
     run = opened[0]
     train_gpt.dequantize(tensors, run.flat)
     if not run.flat.data.isfinite().all():
         raise ArtifactError(f"{path}: some weights are no finite numbers; train again")
     where = tokenizer or run.cfg.tokenizer_path
     return run, train_gpt.load_tokenizer(SimpleNamespace(
-        tokenizer_path=where, vocab_size=run.cfg.vocab_size, dataset=run.cfg.dataset))
+        tokenizer_path=where, vocab_size=run.cfg.vocab_size, dataset=run.cfg.dataset),
+        meta.get("tokenizer"))
 
 
 def config_of(path: Path, meta, data_dir: str) -> Config:

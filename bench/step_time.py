@@ -19,9 +19,10 @@ Every time is a median over --steps calls after a warm-up; on a GPU between devi
 
 A floor is FLOPs over the rate of one large matrix product, plus bytes over the rate of a large
 copy, both measured here first; for the attention kernel it is its own time.  Bytes count what a
-part must read and write if all between two matrix products were one kernel.  Model FLOPs a token
-are 6 times the weights used (a weight of a layer that runs thrice counts thrice) and, a layer that
-runs, the 7 products of causal attention (2 forward, 5 backward) over half the positions.
+part must read and write if all between two matrix products were one kernel, and the MLP's
+activation the end of a product, as it is with KERNELS_ENABLED=1.  Model FLOPs a token are 6 times
+the weights used (a weight of a layer that runs thrice counts thrice) and, a layer that runs, the 7
+products of causal attention (2 forward, 5 backward) over half the positions.
 
 Sections: Timing, Counts, Measurements, Kernels, Command line.
 """
@@ -195,10 +196,10 @@ def layer_elements(cfg: Config, layer: int) -> int:
         2 * (C + K),                    # norm, rotate: q, k -> q, k
         (2 * C + K) * xsa,              # exclude self: y, v -> y
         3 * C + C * serial,             # h, attention's output -> u, and n of u
-        2 * M,                          # activation
+        M,                              # leaky ReLU, written beside its square
         3 * C)                          # u, MLP's output -> x
     backward = (
-        3 * M,                          # activation: gradient, its input -> gradient
+        M,                              # leaky ReLU, read where its gradient is made
         4 * C * serial,                 # norm of u: dn, u, dx -> du
         (3 * C + 2 * K) * xsa,          # exclude self: dy, y, v -> dy, dv
         3 * C + 6 * K,                  # norm, rotate: dq, dk, dv, dv, q, k -> dq, dk, dv
@@ -486,10 +487,11 @@ def make_parts(bench: Bench, looped: bool, shared: Shared, phases: list[float]) 
 
 MARKER = "triu_tril"
 CLASSES = (                             # the first that matches the name of a kernel
+    ("our kernels", "^(heads|exclusion)_"),
     ("compiled pointwise", "^triton_(poi|for)"),
     ("compiled reductions", "^triton_(?!tem|mm)"),
     ("attention kernel", "sdpa|fmha|flash|cudnn|attention"),
-    ("matrix products", "nvjet|gemm|gemv|cublas|cutlass|splitK|^triton_"),
+    ("matrix products", "nvjet|gemm|gemv|cublas|cutlass|splitK|^product_kernel|^triton_"),
     ("copies, zeroing", "^Mem(cpy|set)|FillFunctor"),
     ("other kernels", ""))
 PHASES = ("", "optimiser", "EMA")       # forward and backward are told by class

@@ -91,6 +91,10 @@ class Held(NamedTuple):
     """A file that is held in memory: thousands of them cost the disk nothing."""
     data: bytes
 
+    def is_fifo(self) -> bool:
+        """It is like a file."""
+        return False
+
     def read_bytes(self) -> bytes:
         """What is in it."""
         return self.data
@@ -267,9 +271,10 @@ def test_a_pickle_is_refused_and_never_run(tmp_path):
     assert not (tmp_path / "trapped").exists()
 
 
-@pytest.mark.parametrize("name", ["nowhere/x", "."])
+@pytest.mark.parametrize("name", ["nowhere/x", ".", "pipe"])
 def test_missing_files_are_told(tmp_path, name):
     """A file that cannot be read is named, and which stage writes it."""
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ArtifactError, match="cannot be read .*run its stage first"):
         read_container(tmp_path / name, "artifact")
 
@@ -547,6 +552,14 @@ def test_every_setting_of_the_model_has_another_value(cfg):
     assert ours.keys() == OTHER.keys() and all(ours[n] != OTHER[n] for n in ours)
 
 
+def test_names_of_tensors_are_quoted():
+    """What a file calls a tensor of its own is told without what it would do to a terminal."""
+    parts = pack_tensors("artifact", META, {"a\n\x1b[2J": torch.zeros(2)}, compress=True)
+    with pytest.raises(ArtifactError) as caught:
+        read_container(Held(b"".join(parts)), "artifact", lambda meta: {})
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("field", OTHER)
 def test_another_model_is_refused_by_the_name_of_its_setting(make_cfg, field):
     """A file made with one other setting of the model is refused: which, theirs and ours."""
@@ -673,6 +686,15 @@ def test_writing_replaces_the_old_file(tmp_path):
     for parts in ([b"old"], [b"n", b"", b"e" * 100_000, memoryview(b"w")], []):
         write_atomic(tmp_path / "x", parts)
         assert content(tmp_path) == {"x": b"".join(parts)}
+
+
+def test_only_parts_of_the_file_itself_are_swept(tmp_path):
+    """What a run that was killed left of this very file goes; whatever else is there stays."""
+    others = dict.fromkeys(("x.part", "x.1.2.part", "x.notes.part", "y.1.part", "ax.1.part"), b"")
+    for name in ("x.123.part", *others):
+        write(tmp_path / name, b"")
+    write_atomic(tmp_path / "x", [b"new"])
+    assert content(tmp_path) == {"x": b"new", **others}
 
 
 @pytest.mark.parametrize("old", [{}, {"x": b"old"}])

@@ -157,6 +157,8 @@ def test_floors_are_flops_and_bytes():
 @pytest.mark.parametrize("name, kind", [
     ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_splitK_NTN", "matrix products"),
     ("triton_tem_fused_mm_3", "matrix products"),
+    ("product_kernel", "matrix products"),
+    ("heads_backward", "our kernels"),
     ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention kernel"),
     ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*)", "attention kernel"),
     ("triton_poi_fused__unsafe_view_leaky_relu_pow_9", "compiled pointwise"),

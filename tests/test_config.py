@@ -4,6 +4,7 @@ Run alone: python -m pytest -q tests/test_config.py
 """
 import ast
 import difflib
+import errno
 import math
 import re
 from dataclasses import asdict, fields, replace
@@ -29,6 +30,7 @@ OTHER = dict(
 # At least one example of every check in `checks` that compares fields or knows a range of its own:
 # settings, and what the message must begin with.
 WRONG = [
+    (dict(matrix_lr=1e38), "MATRIX_LR=1e+38"),
     (dict(loader="random"), "LOADER=random"),
     (dict(bigram_buckets=1), "BIGRAM_BUCKETS=1"),
     (dict(flash_attn="5"), "FLASH_ATTN=5"),
@@ -48,6 +50,8 @@ WRONG = [
     (dict(muon_momentum_warmup_start=1.0), "MUON_MOMENTUM_WARMUP_START=1.0"),
     (dict(ttt_momentum=1.0), "TTT_MOMENTUM=1.0"),
     (dict(mlp_mult=0.001), "MLP_MULT=0.001"),
+    (dict(mlp_mult=1e29), "MLP_MULT=1e+29"),
+    (dict(model_dim=10 ** 20), "MODEL_DIM=100000000000000000000: must be at most 1099511627776"),
     (dict(num_heads=7), "NUM_HEADS=7"),
     (dict(num_kv_heads=3), "NUM_KV_HEADS=3"),
     (dict(seq_len=2049), "EVAL_STRIDE=64 does not divide SEQ_LEN=2049"),
@@ -277,7 +281,8 @@ def test_contradictions_are_refused_by_name(wrong, beginning):
 
 def test_every_check_has_an_example():
     """No rule in `checks` is without a setting in this file that it is the first to refuse."""
-    examples = [w for w, _ in WRONG] + [{n: -1} for n in NUMBERS]
+    examples = [w for w, _ in WRONG] + [{n: -1} for n in NUMBERS] + [
+        {n: type(DEFAULTS[n])(1e31)} for n in NUMBERS]
     seen = {first_failure(unchecked(**e)) for e in examples}
     assert None not in seen, "an example breaks no rule"
     assert seen == set(range(len(list(train_gpt.checks(Config())))))
@@ -330,6 +335,18 @@ def test_ranks_must_share_the_batch_equally(cfg, quiet):
 def test_main_tells_the_problem_in_one_line(monkeypatch, capsys, env, args, message):
     """A user's mistake prints one line on stderr, nothing on stdout, and returns 2."""
     assert run_main(monkeypatch, capsys, env, *args) == (2, "", message + "\n")
+
+
+@pytest.mark.parametrize("error,told", [
+    (OSError(errno.ENOMEM, "no memory"), f"[Errno {errno.ENOMEM}] no memory"),
+    (OSError("odd"), "odd"), (OSError(errno.EIO, "input/output", "disk"), "disk: input/output")])
+def test_main_tells_what_the_system_refuses(monkeypatch, capsys, error, told):
+    """An error of the system's is told with the file that it is about, where it names one."""
+    def refuse(*_):
+        """What some call deep in a library may do."""
+        raise error
+    monkeypatch.setattr(train_gpt, "run_stages", refuse)
+    assert run_main(monkeypatch, capsys, {}) == (2, "", f"train_gpt: {told}\n")
 
 
 def test_a_wrong_setting_ends_a_real_process(run_program, tmp_path):

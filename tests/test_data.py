@@ -5,6 +5,7 @@ Run alone: python -m pytest -q tests/test_data.py
 import itertools
 import json
 import math
+import os
 import shutil
 import threading
 import time
@@ -134,9 +135,10 @@ def test_sound_shards_are_read_whole(tmp_path):
 
 
 def test_missing_and_unreadable_files_are_refused(tmp_path):
-    """No file, or a folder in its place, is a DataError that begins with the path."""
+    """No file, or a folder or pipe in its place, is a DataError that begins with the path."""
     (tmp_path / "folder.bin").mkdir()
-    for name in ("none.bin", "folder.bin"):
+    os.mkfifo(tmp_path / "pipe.bin")
+    for name in ("none.bin", "folder.bin", "pipe.bin"):
         with pytest.raises(DataError, match=f"^{tmp_path / name}: cannot be read"):
             train_gpt.read_shard(tmp_path / name)
 

@@ -26,7 +26,7 @@ import pack  # noqa: E402  (the repository is no installed package)
 TRAIN = ROOT / "train_gpt.py"
 PACKED_TRAIN = ROOT / "packed" / "train_gpt.py"
 TARGET_CODE_BYTES = 16_000      # aim of pack.py; the program is larger, see the README
-MOST_CODE_BYTES = 27_500        # where it stands, rounded up: growth beyond it needs a reason
+MOST_CODE_BYTES = 30_500        # where it stands, rounded up: growth beyond it needs a reason
 
 TOY = '''\
 #!/usr/bin/env python3
@@ -606,13 +606,24 @@ def test_train_gpt_is_packed_and_current():
     assert pack.check(TRAIN.read_text(), PACKED_TRAIN.read_bytes()) == ""
 
 
+@pytest.mark.parametrize("args", [["--check"], ["--unpack", str(PACKED_TRAIN)]])
+def test_a_reader_that_leaves_is_no_traceback(args):
+    """As with `| head`: exit code 1 and not a word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, str(ROOT / "pack.py"), *args], stdout=writer,
+                          stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_train_gpt_does_not_grow():
     """Packed code stays where it is or shrinks."""
     assert len(pack.pack_source(TRAIN.read_text())) <= MOST_CODE_BYTES
 
 
-@pytest.mark.xfail(strict=True, reason="packed code is 7 KB over its target: checks, checkpoints, "
-                   "container and two loaders that the 16 KB entries do not have")
+@pytest.mark.xfail(strict=True, reason="packed code is 14 KB over its target: checks, checkpoints, "
+                   "container, kernels and two loaders that the 16 KB entries do not have")
 def test_train_gpt_is_within_its_target():
     """Packed code meets the target; the best public record takes 18,422 bytes."""
     assert len(pack.pack_source(TRAIN.read_text())) <= TARGET_CODE_BYTES

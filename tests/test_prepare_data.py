@@ -885,7 +885,8 @@ def test_fineweb_checks_what_the_hub_has_before_it_trusts_it(hub, tmp_path):
             (shard, good[shard][:-2], "but its header announces 30,000 ids"),
             (shard, b"\0" * 2000, "no token shard"),
             (shard, shard_bytes(0, largest=1024), "token id 1024, but the vocabulary ends at 1023"),
-            (tokenizer, prepare_data.train_tokenizer(map(prose, range(9)), 330), "330 pieces")):
+            (tokenizer, prepare_data.train_tokenizer(map(prose, range(9)), 330), "330 pieces"),
+            (tokenizer, b"of no kind", "fineweb_1024_bpe.model: not a SentencePiece model")):
         hub.files = dict(good, **{path: data})
         assert expected in fineweb(tmp_path / "data", "--train-shards", "1", rc=2)
         assert not (fineweb_directory(tmp_path / "data") / "manifest.json").exists()

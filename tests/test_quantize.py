@@ -262,9 +262,10 @@ def hessians_of(run, count: int) -> dict[str, torch.Tensor]:
         read_batches(run, count)).__next__), count)
 
 
-def tap(module, keep: list):
-    """Have `module` leave its first argument in `keep` whenever it is called."""
-    module.register_forward_pre_hook(lambda _, args: keep.append(args[0].detach().flatten(0, 1)))
+def tap(module, keep: list, make=lambda x: x):
+    """Have `module` leave `make` of its first argument in `keep` whenever it is called."""
+    module.register_forward_pre_hook(
+        lambda _, args: keep.append(make(args[0].detach().flatten(0, 1))))
 
 
 def tapped_inputs(run, rows) -> dict[str, list[torch.Tensor]]:
@@ -275,7 +276,9 @@ def tapped_inputs(run, rows) -> dict[str, list[torch.Tensor]]:
             tap(layer.attn, seen[f"layers.{i}.attn.{matrix}.weight"])
         tap(layer.attn.proj, seen[f"layers.{i}.attn.proj.weight"])
         tap(layer.mlp, seen[f"layers.{i}.mlp.fc.weight"])
-        tap(layer.mlp.proj, seen[f"layers.{i}.mlp.proj.weight"])
+        up = layer.mlp.fc.weight.detach()
+        tap(layer.mlp, seen[f"layers.{i}.mlp.proj.weight"],
+            lambda x, up=up: torch.where(x @ up.T > 0, x @ up.T, x @ up.T / 2) ** 2)
     with torch.no_grad():
         seen["tok_emb"] = [run.model.features(r[:, :-1], True).flatten(0, 1) for r in rows]
     return seen
@@ -378,6 +381,16 @@ def test_rows_tell_what_rounding_did(trained, cfg):
         assert row["mse"] == pytest.approx(float(error.square().mean() / w.var()), rel=1e-5)
         assert row["clip_frac"] == pytest.approx(float((q.abs() == limit).float().mean()))
     assert any(row["clip_frac"] > 0.01 for row in rows)
+
+
+def test_a_matrix_of_zeros_has_no_error(trained):
+    """Where nothing was learnt nothing is lost, and the log's numbers stay numbers."""
+    flat, average = trained.run.flat, trained.result.average.clone()
+    name = flat.groups["matrices"][0]
+    flat.named(average)[name].zero_()
+    _, rows = train_gpt.quantize_model(trained.run, average, trained.hessians, 12.85)
+    assert {row["name"]: row["mse"] for row in rows}[name] == 0.0
+    assert all(math.isfinite(value) for row in rows for value in list(row.values())[1:])
 
 
 def test_dequantized_weights_are_near_the_average(trained):

@@ -3,11 +3,11 @@ import json
 import math
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 
+import prepare_data
 import train_gpt
-from conftest import PARTS, PROGRAM, ROOT, TINY, VOCAB, parse_line, run_main, write_shard
+from conftest import (PARTS, PROGRAM, ROOT, TINY, VOCAB, WORDS, parse_line, run_main,
+                      write_shard)
 
 # From the readable program on x86-64, torch 2.13, one thread.  Other kernels may sum in another
 # order, hence 1e-4; a change of algorithm moves the later ones by far more.
@@ -139,6 +141,15 @@ def test_stages_one_by_one(long_run, run_program, read_log, tmp_path):
     assert mine == {name: theirs[name] for name in ("quantized", "sliding", "ttt")}
 
 
+def test_a_machine_without_the_packers_library_runs(toy_env, run_program, read_log, tmp_path):
+    """The run goes on and its log says nothing of a packed size."""
+    (tmp_path / "python_minifier.py").write_text("raise ImportError")
+    env = {**toy_env, "STAGES": "train", "PYTHONPATH": str(tmp_path)}
+    done = run_program(env)
+    assert done.returncode == 0, done.stderr
+    assert "packed" not in [event for event, _ in log_of(env, read_log)]
+
+
 def test_packed_program_gives_the_same_losses(long_run, run_program, read_log, tmp_path):
     """packed/train_gpt.py trains like the readable one and leaves a model of the same bytes."""
     env, events = long_run
@@ -149,31 +160,56 @@ def test_packed_program_gives_the_same_losses(long_run, run_program, read_log, t
     assert artifact_of(packed).read_bytes() == artifact_of(env).read_bytes()
 
 
-def test_a_terminal_shows_progress_and_the_log_does_not(toy_env, tmp_path):
-    """On a terminal a last line redraws itself with step, speed and time left; files are clean."""
-    ours, theirs = pty.openpty()
-    shown = []
+def on_a_terminal(env, folder, struck_at=b"\0"):
+    """(exit code, what is drawn) of a real run whose stderr is a terminal; Ctrl-C at some text.
 
-    def watch():
-        """Read what the terminal gets, until nobody writes to it any more."""
-        with suppress(OSError):
-            while data := os.read(ours, 4096):
-                shown.append(data)
-    reader = threading.Thread(target=watch)
-    reader.start()
-    env = {**toy_env, "WARMUP_STEPS": "1", "ITERATIONS": "60", "COLUMNS": "120",
-           "PATH": os.environ["PATH"]}
-    done = subprocess.run([sys.executable, str(PROGRAM)], env=env, cwd=tmp_path, stderr=theirs,
-                          stdout=subprocess.PIPE, timeout=60)
+    Ctrl-C has its usual effect there, also where the tests' own parent ignores it.
+    """
+    ours, theirs = pty.openpty()
+    env = {**env, "COLUMNS": "80", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
+    drawn, heard = b"", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with (folder / "console").open("wb") as console:
+        process = subprocess.Popen([sys.executable, str(PROGRAM)], env=env, cwd=folder,
+                                   stdout=console, stderr=theirs, preexec_fn=heard)
     os.close(theirs)
-    reader.join(timeout=10)
-    drawn = b"".join(shown).decode()
-    assert done.returncode == 0 and b"\r" not in done.stdout
-    for word in ("warming up", "training", "step ", "tokens_per_s ", "mfu ", "left_s ",
-                 "compressing"):
-        assert word in drawn, word
+    with suppress(OSError):                                 # nobody writes to it any more
+        while data := os.read(ours, 4096):
+            drawn += data
+            if struck_at in drawn:
+                process.send_signal(signal.SIGINT)
+                struck_at = b"\0"
+    os.close(ours)
+    return process.wait(), drawn.decode()
+
+
+def test_a_terminal_shows_progress_and_the_log_does_not(toy_env, tmp_path):
+    """80 columns show share, time left, step, loss and speed, redrawn in place; files are clean."""
+    env = {**toy_env, "WARMUP_STEPS": "1", "ITERATIONS": "60"}
+    code, drawn = on_a_terminal(env, tmp_path)
+    assert code == 0
+    lines = drawn.split("\r\x1b[K")
+    assert any(line.startswith("warming up") for line in lines) and "compressing" in drawn
+    training = [line for line in lines if line.startswith("training")]
+    shape = r"training +\d+ %  \d+ s left  step \d+  loss \d\.\d\d(  [\d,]+ tokens/s)?"
+    assert training and all(re.fullmatch(shape, line) for line in training), training
+    assert any("tokens/s" in line for line in training)
     log = (tmp_path / "logs" / "pr1876_seed1337.txt").read_text()
-    assert "\r" not in log and "warming up" not in log and log == done.stdout.decode()
+    assert "\r" not in log and "warming up" not in log
+    assert log == (tmp_path / "console").read_text()
+
+
+def test_the_last_word_replaces_the_progress_line(toy_env, tmp_path):
+    """On a terminal the one line of a run that is stopped does not begin behind what was drawn."""
+    code, drawn = on_a_terminal({**toy_env, "WARMUP_STEPS": "1000"}, tmp_path, b"plain step ...")
+    assert code == 130
+    assert re.search(r"\.\.\.  \r\x1b\[Ktrain_gpt: stopped[^\r]*\r\n$", drawn), drawn
+
+
+def test_progress_costs_nothing_where_nobody_looks(make_cfg):
+    """What a progress line would say is not even worked out where there is no terminal."""
+    log = train_gpt.Log(make_cfg(), train_gpt.Dist({}))
+    log.on_terminal = False
+    log.progress("training", 0.5, lambda: pytest.fail("worked out"))
 
 
 def test_a_run_says_first_what_it_will_do(long_run, read_log):
@@ -189,6 +225,7 @@ def test_a_run_says_first_what_it_will_do(long_run, read_log):
 @pytest.mark.parametrize("settings, complaint", [
     ({}, "no GPU"), (dict(on_cuda=True, compile_enabled=False), "compiler is off"),
     (dict(on_cuda=True, attention="math"), "attention by the math backend"),
+    (dict(on_cuda=True, fused=False), "kernels of our own are off"),
     (dict(on_cuda=True, attention="cudnn"), None)])
 def test_what_slows_a_machine_down_is_told(settings, complaint):
     """Each thing that keeps a machine from its best is named with a remedy, and nothing else."""
@@ -196,15 +233,44 @@ def test_what_slows_a_machine_down_is_told(settings, complaint):
     run = SimpleNamespace(
         cfg=train_gpt.Config(compile_enabled=settings.get("compile_enabled", True)),
         dist=SimpleNamespace(on_cuda=settings.get("on_cuda", False)),
+        model=SimpleNamespace(fused=settings.get("fused", True)),
         flat=SimpleNamespace(data=torch.empty(1, device="meta").expand(36_000_000)))
     told = train_gpt.slow_parts(run, attention)
     assert len(told) == (complaint is not None) and all(complaint in t for t in told)
+
+
+def test_pace_counts_each_step_as_it_ran():
+    """Of 50 steps logged together 10 are plain and 40 looped: mfu is the mean of both kinds."""
+    trainer = train_gpt.Trainer.__new__(train_gpt.Trainer)
+    trainer.run = SimpleNamespace(cfg=train_gpt.Config(), dist=SimpleNamespace(world=2))
+    trainer.logged, trainer.seconds, trainer.plain_steps, trainer.ceiling = (50, 5.0), 15.0, 60, 1e12
+    plain, looped = (train_gpt.flops_per_token(trainer.run.cfg, flag) for flag in (False, True))
+    tokens = trainer.run.cfg.train_batch_tokens
+    found = trainer.pace(100)
+    assert found["step_ms"] == 200.0 and found["tokens_per_s"] == 5 * tokens
+    assert found["mfu"] == pytest.approx((plain + 4 * looped) * tokens / 2e12)
+    trainer.plain_steps = math.inf
+    assert trainer.pace(100)["mfu"] == pytest.approx(5 * plain * tokens / 2e12)
 
 
 def test_flops_are_those_of_the_spec():
     """296 and 444 million operations a token for the challenge's model, plain and looped."""
     found = [train_gpt.flops_per_token(train_gpt.Config(), looped) / 1e6 for looped in (0, 1)]
     assert found == pytest.approx([296, 444], abs=0.5)
+
+
+def test_mfu_is_over_products_in_a_row(monkeypatch):
+    """A GPU's ceiling is that of products that are queued, 20 of them from one wait to the next."""
+    queued = [0]
+    dist = SimpleNamespace(on_cuda=True, device="meta", dtype=torch.bfloat16, max=lambda x: x,
+                           wait=lambda: queued.append(0))
+
+    def product(A, B):
+        """Count a product that takes no time."""
+        queued[-1] += 1
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    assert train_gpt.matmul_rate(dist) > 0
+    assert set(queued) == {0, 20} and queued.count(20) > 1          # the first ones warm up
 
 
 @pytest.mark.parametrize("recipe, last, epochs", [
@@ -390,6 +456,22 @@ def test_bad_input_is_one_line(case, toy_env, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.rglob("*.part"))
     if case != "short validation" and case != "other tokenizer":
         assert not list(tmp_path.rglob("model.golf"))
+
+
+def test_another_tokenizer_of_the_same_size(long_run, tmp_path, monkeypatch, capsys):
+    """An artifact is scored with the tokenizer it was made with; made without one, with any."""
+    env = {**long_run[0], "OUT_DIR": str(tmp_path), "DATA_DIR": str(tmp_path / "data")}
+    shutil.copytree(long_run[0]["DATA_DIR"], env["DATA_DIR"])
+    shutil.copytree(Path(long_run[0]["OUT_DIR"]) / "runs", tmp_path / "runs")
+    model = tmp_path / "data" / "tokenizers" / f"toy_{VOCAB}_bpe.model"
+    other = prepare_data.train_tokenizer([" ".join(WORDS[i:]) for i in range(20)], VOCAB)
+    model.write_bytes(other)
+    code, _, err = run_main(monkeypatch, capsys, {**env, "STAGES": "eval"})
+    assert code == 2 and err.count("\n") == 1 and f"{model}: not the tokenizer" in err, err
+    model.unlink()
+    assert run_main(monkeypatch, capsys, {**env, "STAGES": "quantize"})[0] == 0
+    model.write_bytes(other)
+    assert run_main(monkeypatch, capsys, {**env, "STAGES": "eval"})[0] == 0
 
 
 def test_truncated_shard_in_a_real_process(toy_env, run_program, tmp_path):

@@ -18,7 +18,7 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, finish, prose, stirred
+from conftest import ROOT, TINY, VOCAB, finish, prose, stirred
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -209,8 +209,9 @@ def test_files_that_are_not_what_they_should_be(artifact, tmp_path, toy_data, cl
     refused(cli("sample", "--tokenizer", tmp_path), "no tokenizer")
     refused(cli("sample", "--tokenizer", artifact), "not a SentencePiece model")
     other = tmp_path / "other.model"
-    other.write_bytes(prepare_data.train_tokenizer([english(20000).decode()], 310))
-    refused(cli("sample", "--tokenizer", other), "310 pieces")
+    for size, message in ((310, "310 pieces"), (VOCAB, "not the tokenizer")):
+        other.write_bytes(prepare_data.train_tokenizer([english(20000).decode()], size))
+        refused(cli("sample", "--tokenizer", other), message)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -321,7 +322,8 @@ def test_a_long_text_comes_back_and_costs_its_score(fresh, artifact, capsys):
     found = use_artifact.measure(fresh, text)
     chunks = len(found.coded.tokens) / SMALL["ttt_chunk_tokens"]
     assert chunks > 4 and not found.problem
-    assert abs(found.excess) < 0.001 * found.bits
+    # A toy's text of 26,000 bits ends in a word of 32, which is more than a thousandth of it.
+    assert -0.001 * found.bits < found.excess < 0.001 * found.bits + 32
     assert use_artifact.report(found, artifact) == 0
     out = capsys.readouterr().out
     assert re.search(r"decodes +yes +byte for byte", out) and "fine" in out
