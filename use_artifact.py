@@ -111,7 +111,8 @@ def open_artifact(path: Path, data_dir: str,
 def config_of(path: Path, meta, data_dir: str) -> Config:
     """The settings that an artifact's `meta` describes; raises ArtifactError for any that is off.
 
-    Nothing is compiled: kernels that a compiler picks by timing them may differ between two runs.
+    Nothing is compiled, nor done by our own kernels: what a compiler picks by timing it may differ
+    between two runs, and another version of Triton may add up in another order.
     """
     dataset = meta.get("dataset") if isinstance(meta, dict) else None
     if not isinstance(dataset, str) or not re.fullmatch("[a-z][A-Za-z0-9._-]*", dataset):
@@ -126,7 +127,7 @@ def config_of(path: Path, meta, data_dir: str) -> Config:
             values[name] = checked(path, name, found[name], type(default))
     try:
         cfg = Config(**values, dataset=dataset, data_dir=data_dir, compile_enabled=False,
-                     train_batch_tokens=values["seq_len"])
+                     kernels_enabled=False, train_batch_tokens=values["seq_len"])
     except train_gpt.ConfigError as e:
         raise ArtifactError(f"{path}: {e}; make it again") from None
     if num_parameters(cfg) > min(MOST_PARAMETERS, train_gpt.MOST_INFLATION * size):

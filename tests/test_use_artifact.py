@@ -125,6 +125,7 @@ def test_the_artifact_alone_says_what_to_run(artifact, toy_data):
     theirs = train_gpt.Config(**{**TINY, **SMALL})
     for group in ("model", "scoring"):
         assert run.cfg.group(group) == theirs.group(group)
+    assert not run.cfg.compile_enabled and not run.cfg.kernels_enabled      # they may change
     _, tensors = train_gpt.read_container(artifact, "artifact")
     weights = run.flat.data.clone()
     train_gpt.dequantize(tensors, run.flat)
