@@ -1324,7 +1324,8 @@ def attention_works(cfg: Config, dist: Dist, backend) -> bool:
 # In Triton; what the compiler makes of these takes 5 % of a step more (bench/RESULTS.md).  Each has
 # a twin above, which runs where the kernels cannot and which tests compare it to.  Around attention
 # a program works on ROWS positions of one head: b = ROWS in shapes.  A kernel sees nothing but its
-# arguments, all addresses, sizes and strides, hence their number.
+# arguments, all addresses and sizes, hence their number.  The MLP's product is built like the
+# persistent one in Triton's documentation, with the activation where a tile is finished.
 
 class FusedHeads(torch.autograd.Function):
     """`split_heads` by kernels."""
@@ -1510,6 +1511,7 @@ def heads_backward(
     at = (row * (H + 2 * K) + head) * D + d
     da, db = load_pairs(find_head(dq_ptr, dk_ptr, dv_ptr, head, row, H, K, D) + d, R, inside)
     if head < H + K:
+        # Turned back, the gradient loses its part along the normed x: a norm does not see length.
         a, b = load_pairs(x_ptr + at, R, inside)
         cos, sin = load_angles(cos_ptr, sin_ptr, row % T, pair, R, inside)
         scale = tl.rsqrt(tl.sum(a * a + b * b, 1)[:, None] / D + 1e-6)                  # (b, 1)
@@ -1609,6 +1611,7 @@ def exclusion_backward(
     v_at = (row * K + head) * D + d
     v = tl.load(v_ptr + v_at, inside, 0.0).to(tl.float32)                               # (b, D)
     length = tl.maximum(tl.sum(v * v, 1)[:, None], 1e-24)                               # (b, 1)
+    # With out = y - share v and share = y.v / v.v, the loss sees v through both factors.
     dv = tl.zeros_like(v)
     for g in range(G):
         at = ((row * K + head) * G + g) * D + d
@@ -1647,6 +1650,7 @@ def product_kernel(
 def activate(p, a_desc, out, row, column, BACKWARD: tl.constexpr):
     """Finish the part p of a tile that begins at (row, column)."""
     if BACKWARD:
+        # The slope of a^2 is 2 a where a is positive and, as a is p / 2 there, a where it is not.
         a = a_desc.load([row, column]).to(tl.float32)
         out.store([row, column], (p * (a + tl.maximum(a, 0.0))).to(out.dtype))
     else:
