@@ -206,6 +206,8 @@ def shard_header(num_tokens: int) -> bytes:
 
 def shard_tokens_in(path: Path) -> int:
     """Number of ids in a shard, after its header and size have been checked."""
+    if path.is_fifo():                                      # which would be waited for, for ever
+        raise DataError(f"{path}: no token shard: not a file")
     with open(path, "rb") as f:
         header = np.frombuffer(f.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4")
     if (header[0], header[1]) != (MAGIC, VERSION):

@@ -400,6 +400,13 @@ def bad_files(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     return cases
 
 
+def test_a_pipe_is_no_shard(tmp_path):
+    """It is refused, not waited for."""
+    os.mkfifo(tmp_path / "x_train_000000.bin")
+    with pytest.raises(prepare_data.DataError, match="no token shard: not a file"):
+        prepare_data.inspect_shard(tmp_path / "x_train_000000.bin", 10)
+
+
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys):
     """Each bad argument or file ends with exit code 2, one line that names it, and no file."""
     for name, (arguments, expected) in bad_files(tmp_path).items():
