@@ -2,6 +2,7 @@
 
 Fixtures: cfg, make_cfg, toy_data, toy_settings, toy_env, run_program, read_log, quiet, make_run.
 """
+import importlib.util
 import json
 import os
 import re
@@ -247,6 +248,20 @@ def run_program_fixture(tmp_path_factory):
         process = subprocess.Popen(command, env=clean, cwd=cwd, start_new_session=True, **pipes)
         return finish(process, timeout)
     return run_program
+
+
+@contextmanager
+def imported(path: Path):
+    """The program at `path` as a module of its own; what importing it changed is put back."""
+    spec = importlib.util.spec_from_file_location("imported_program", path)
+    module, hook = importlib.util.module_from_spec(spec), sys.excepthook
+    sys.modules[spec.name] = module                         # where its dataclasses look
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[spec.name]
+        sys.excepthook = hook
 
 
 def finish(process: subprocess.Popen, timeout: float) -> subprocess.CompletedProcess:

@@ -3,9 +3,6 @@
 Run alone: python -m pytest -q tests/test_kernels.py
 Triton's interpreter runs the kernels here, so that no GPU is needed; see conftest.py.
 """
-import importlib.util
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="PyTorch for CPUs comes without it: pip install triton")
 
 import train_gpt  # noqa: E402
-from conftest import ROOT  # noqa: E402
+from conftest import ROOT, imported  # noqa: E402
 from train_gpt import (  # noqa: E402
     FusedExclusion, FusedHeads, FusedMLP, exclude_self, kernels_work, split_heads, squared_mlp)
 
@@ -43,15 +40,6 @@ def gradients(outputs, inputs) -> list[Tensor]:
     rng = torch.Generator().manual_seed(3)
     form = sum((y * torch.randn(y.shape, generator=rng)).sum() for y in outputs)
     return list(torch.autograd.grad(form, inputs))
-
-
-def load(path: Path):
-    """The program at `path` as a module of its own."""
-    spec = importlib.util.spec_from_file_location("program", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module                         # where its dataclass looks for itself
-    spec.loader.exec_module(module)
-    return module
 
 
 def assert_near(ours: Tensor, twin: Tensor, relative: float):
@@ -107,27 +95,29 @@ def test_layouts_of_gradients_do_not_matter():
     assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("program", ["train_gpt.py", "packed/train_gpt.py"])
-def test_a_model_of_kernels_is_the_model(program):
-    """Loss and every gradient of the looped model; also packed, as Triton reads the source."""
-    module = load(ROOT / program)
+def loss_and_gradients(module, fused: bool) -> list[Tensor]:
+    """Loss of the looped model of the program `module`, and the gradients of its parameters."""
     cfg = module.Config(
         vocab_size=64, seq_len=32, num_layers=4, model_dim=64, num_heads=4, num_kv_heads=2,
         rope_dims=8, xsa_last_n=3, num_loops=1, loop_start=1, loop_end=2, parallel_residual_start=3,
         train_batch_tokens=64, ttt_chunk_tokens=64, eval_stride=16, value_embed_dim=8)
-    found = []
-    for fused in (False, True):
-        model = module.GPT(cfg)
-        rng = torch.Generator().manual_seed(1)
-        for p in model.parameters():                        # no projection stays zero
-            p.data += 0.05 * torch.randn(p.shape, generator=rng)
-        model.fused = fused
-        rows = torch.randint(64, (2, 33), generator=rng)
-        loss = model.token_nll(model.features(rows[:, :-1], True), rows[:, 1:]).mean()
-        loss.backward()
-        found.append([loss.detach(), *(p.grad for p in model.parameters())])
-    for a, b in zip(*found):
-        assert_near(b, a, 1e-4)
+    model, rng = module.GPT(cfg), torch.Generator().manual_seed(1)
+    model.fused = fused
+    for p in model.parameters():                            # no projection stays zero
+        p.data += 0.05 * torch.randn(p.shape, generator=rng)
+    rows = torch.randint(64, (2, 33), generator=rng)
+    loss = model.token_nll(model.features(rows[:, :-1], True), rows[:, 1:]).mean()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("program", ["train_gpt.py", "packed/train_gpt.py"])
+def test_a_model_of_kernels_is_the_model(program):
+    """Loss and every gradient of the looped model; also packed, as Triton reads the source."""
+    with imported(ROOT / program) as module:
+        ours, twin = (loss_and_gradients(module, fused) for fused in (True, False))
+    for a, b in zip(ours, twin, strict=True):
+        assert_near(a, b, 1e-4)
 
 
 def test_a_cpu_runs_the_twins(cfg):

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from conftest import imported  # noqa: E402
 import pack  # noqa: E402  (the repository is no installed package)
 
 TRAIN = ROOT / "train_gpt.py"
@@ -198,17 +199,9 @@ def test_traceback_shows_the_real_lines(toy, version):
 
 def test_packed_file_can_be_imported(toy):
     """As a module it keeps its name, runs no main block and offers what the source offers."""
-    spec = importlib.util.spec_from_file_location("packed_toy", toy / "packed" / "toy.py")
-    module = importlib.util.module_from_spec(spec)
-    hook = sys.excepthook
-    sys.modules["packed_toy"] = module
-    try:
-        spec.loader.exec_module(module)
+    with imported(toy / "packed" / "toy.py") as module:
         facts = module.facts()
-    finally:
-        del sys.modules["packed_toy"]
-        sys.excepthook = hook
-    assert facts["main"] == "packed_toy" and module.Config().width == 3
+    assert facts["main"] == "imported_program" and module.Config().width == 3
     assert set(module.keyword_only.__code__.co_varnames[:2]) <= {"long_parameter_name",
                                                                  "option_name"}
 

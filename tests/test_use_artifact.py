@@ -318,13 +318,12 @@ def test_settings_of_torch_are_left_as_they_were(make_run, cfg):
 # ------------------------------------------------------------------------------------------------
 
 def test_a_long_text_comes_back_and_costs_its_score(fresh, artifact, capsys):
-    """20,000 bytes over chunks that are learnt from: the code is as long as the score says."""
-    text = english(20_000)
+    """30,000 bytes over chunks that are learnt from: the code is as long as the score says."""
+    text = english(30_000)          # so long that the code's last word of 32 bits is in the bound
     found = use_artifact.measure(fresh, text)
     chunks = len(found.coded.tokens) / SMALL["ttt_chunk_tokens"]
     assert chunks > 4 and not found.problem
-    # A toy's text of 26,000 bits ends in a word of 32, which is more than a thousandth of it.
-    assert -0.001 * found.bits < found.excess < 0.001 * found.bits + 32
+    assert abs(found.excess) < 0.001 * found.bits
     assert use_artifact.report(found, artifact) == 0
     out = capsys.readouterr().out
     assert re.search(r"decodes +yes +byte for byte", out) and "fine" in out
