@@ -4,11 +4,14 @@
     python experiments/byte_mixture.py runs/demo_seed42/model.golf
 
 A PPM of order 5 learns the scored text byte by byte and is mixed into the model's score.  #1858
-spreads a token's probability evenly over its bytes, p^(1/n) each, and mixes byte by byte: what
-comes out is no distribution, so its "bits per byte" are not bits (#1872, #1905, #1916).  The valid
+spreads a token's probability evenly over its bytes, p^(1/n) each, and mixes byte by byte: the
+result is no distribution, so its "bits per byte" are not bits (#1872, #1905, #1916).  The valid
 form walks the trie of the vocabulary and mixes only among the bytes that can follow; it sums to 1
-over all tokens whatever the model, the text and the gate.  Both are printed as a table, beside the
-plain neural score and the mass that each spreads over the vocabulary.  None can be a headline.
+over all tokens whatever the model, the text and the gate.  The table has both, the plain neural
+score, and the mass that each spreads over the vocabulary.  None can be a headline.
+
+One difference from #1858 as published: its mixture drops the nats of tokens without bytes, such as
+BOS, which every row here counts.
 
 Sections: Alphabet, Neural odds, PPM, Mixtures, Masses, Command line.
 
@@ -31,13 +34,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import attention as torch_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import console  # noqa: E402
 import train_gpt  # noqa: E402
-from train_gpt import ConfigError, GolfError, Run, Scorer, Validation  # noqa: E402
-from use_artifact import Parser, open_artifact, write  # noqa: E402
+from train_gpt import GolfError, Run, Scorer, Stream  # noqa: E402
+from use_artifact import evaluate_text, open_artifact  # noqa: E402
 
 
 # ------------------------------------------------------------------------------------------------
@@ -88,16 +91,16 @@ class Alphabet(NamedTuple):
 
 
 def read_alphabet(tokenizer) -> Alphabet:
-    """The alphabet of a SentencePiece model; `train_gpt.target_bytes` counts the same bytes."""
+    """The alphabet of a SentencePiece model; `train_gpt.bytes_per_target` counts the same bytes."""
     spaced, bare, silent = [], [], []
     for i in range(tokenizer.vocab_size()):
         piece = tokenizer.id_to_piece(i)
         silent.append(tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i))
-        text = piece.removeprefix(train_gpt.MARK).encode()
+        text = piece.removeprefix(train_gpt.WORD_MARK).encode()
         if tokenizer.is_byte(i):
             text = bytes([int(piece[1:-1], 16)])            # <0x41>
         text = b"" if silent[-1] else text
-        marked = piece.startswith(train_gpt.MARK) and not silent[-1]
+        marked = piece.startswith(train_gpt.WORD_MARK) and not silent[-1]
         spaced.append(b" " + text if marked else text)
         bare.append(text)
     return Alphabet(np.array(silent), (Trie(spaced), Trie(bare)))
@@ -110,21 +113,21 @@ class Text(NamedTuple):
     sizes: np.ndarray           # (n,) int64, bytes
 
 
-def read_text(alphabet: Alphabet, data: Validation) -> Text:
-    """The targets of `data`; their bytes are those that its scores are counted over."""
-    tokens = data.tokens.cpu().numpy().astype(np.int64)                                 # (n + 1,)
+def read_text(alphabet: Alphabet, stream: Stream) -> Text:
+    """The targets of `stream`; their bytes are those that its scores are counted over."""
+    tokens = stream.tokens.cpu().numpy().astype(np.int64)                                 # (n + 1,)
     after = alphabet.silent[tokens[:-1]].astype(np.int64)                               # (n,)
     by_trie = np.stack([trie.sizes for trie in alphabet.tries])                         # (2, V)
     sizes = by_trie[after, tokens[1:]]                                                  # (n,)
-    assert (sizes == data.bytes.cpu().numpy()).all(), "bytes differ from target_bytes"
+    assert (sizes == stream.bytes.cpu().numpy()).all(), "bytes differ from bytes_per_target"
     return Text(tokens[1:], after, sizes)
 
 
 # ------------------------------------------------------------------------------------------------
-# Neural odds: what the model says at each node of the walk to a target
+# Neural odds: probabilities of the model at each node of the walk to a target
 # ------------------------------------------------------------------------------------------------
-# Masses of nodes are sums of what lies below them.  (Running sums over the sorted vocabulary would
-# be cheaper, but their differences lose what is below 1e-16, which PPM may well give a chance.)
+# The mass of a node is the sum over all tokens below it.  (Differences of running sums over the
+# sorted vocabulary would be cheaper, but lose masses below 1e-16, which PPM may find likely.)
 
 class Odds(NamedTuple):
     """The walks to B tokens; its product, with exp(rest), is the model's p(token) exactly."""
@@ -152,12 +155,12 @@ def walk_odds(trie: Trie, log_probs: Tensor, tokens: Tensor) -> Odds:
 class Capture(Scorer):
     """A scorer that also keeps the odds of every target's walk, and S whole distributions."""
 
-    def __init__(self, run: Run, data: Validation, alphabet: Alphabet, samples: np.ndarray):
+    def __init__(self, run: Run, stream: Stream, alphabet: Alphabet, samples: np.ndarray):
         """Score as `Scorer` does; `samples` (S,) are the targets of the whole distributions."""
-        super().__init__(run._replace(token_nll=self.observe), data)
-        self.plain_nll, self.samples = run.token_nll, samples
-        self.text = text = read_text(alphabet, data)
-        device = run.dist.device
+        super().__init__(run.cfg, run.rt, self.observe, stream)
+        self.model, self.hidden_states, self.samples = run.model, run.forward, samples
+        self.text = text = read_text(alphabet, stream)
+        device = run.rt.dist.device
         self.tries = [trie.to(device) for trie in alphabet.tries]
         self.after = torch.from_numpy(text.after).to(device)                            # (n,)
         self.sizes = torch.from_numpy(text.sizes).to(device)                            # (n,)
@@ -170,26 +173,26 @@ class Capture(Scorer):
         self.sampled = torch.zeros(S, run.cfg.vocab_size, **new)                        # (S, V)
 
     def score_batch(self, starts: Tensor, windows: list[train_gpt.Window], tally: train_gpt.Tally):
-        """Grade `windows` as `Scorer` does; `observe` sees their targets on the way."""
+        """Score `windows` as `Scorer` does; `observe` sees their targets on the way."""
         tail = windows[0].tail
         first = starts[:len(windows), None]                     # the rest is padding
         self.at = (first + self.steps[-tail:]).flatten()                                # (B tail,)
         super().score_batch(starts, windows, tally)
 
-    def observe(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Nats of `targets` given `features`, as the run has them; keeps their odds."""
-        nll = self.plain_nll(features, targets)
+    def observe(self, tokens: Tensor, targets: Tensor, precise: bool) -> Tensor:
+        """GPT.forward for scoring, in its two steps; keeps the odds of `targets` in between."""
+        hidden = self.hidden_states(tokens)[:, -targets.size(1):].float()
         rows = max(1, MOST_NUMBERS // sum(self.tries[0].members.shape))
         parts = zip(*(
-            x.split(rows) for x in (self.at, features.flatten(0, 1), targets.flatten())))
+            x.split(rows) for x in (self.at, hidden.flatten(0, 1), targets.flatten())))
         for at, x, tokens in parts:
             self.keep(at, x[:len(at)], tokens[:len(at)])
-        return nll
+        return self.model.per_token_loss(hidden, targets)
 
-    def keep(self, at: Tensor, features: Tensor, tokens: Tensor):
-        """Keep the odds of the targets at (B,), which are `tokens` after features (B, C)."""
-        weight = self.run.model.tok_emb.to(features.dtype)                              # (V, C)
-        logits = train_gpt.soft_cap(F.linear(features, weight), self.run.cfg.logit_softcap)
+    def keep(self, at: Tensor, hidden: Tensor, tokens: Tensor):
+        """Keep the odds of the targets at (B,), which are `tokens` after hidden states (B, C)."""
+        logits = F.linear(hidden, self.model.tok_emb)
+        logits = train_gpt.soft_cap(logits, self.cfg.logit_softcap)
         log_probs = logits.double().log_softmax(1)                                      # (B, V)
         for which, trie in enumerate(self.tries):
             mine = (self.after[at] == which).nonzero()[:, 0]                            # (b,)
@@ -209,12 +212,12 @@ class Capture(Scorer):
         self.child[where] = odds.child[real]
 
     def walks(self, guesses: "Guesses") -> "Walks":
-        """The walks to all targets, once all have been graded, with PPM's `guesses` (M,)."""
+        """The walks to all targets, once all have been scored, with PPM's `guesses` (M,)."""
         columns = self.nats, self.rest, self.stay, self.child
         return Walks(self.text.sizes, *(x.cpu().numpy() for x in columns), guesses)
 
     def contexts(self, explored: list["Guesses"]) -> list["Context"]:
-        """The S sampled contexts, with what PPM said in each of them."""
+        """The S sampled contexts, with the guesses of PPM in each of them."""
         log_probs, tries = self.sampled.cpu(), self.text.after[self.samples]
         return [Context(self.tries[which], *found)
                 for which, *found in zip(tries, log_probs, explored)]
@@ -224,10 +227,10 @@ MOST_NUMBERS = 1 << 23      # probabilities and masses held at once, float64
 
 
 # ------------------------------------------------------------------------------------------------
-# PPM: counts of what followed each context of up to five bytes
+# PPM: counts of the bytes that followed each context of up to five bytes
 # ------------------------------------------------------------------------------------------------
 # As in #1858, which calls it PPM-D: escape method C (u / (n + u) after n bytes of u kinds) without
-# exclusion of what longer contexts have seen, so that it sums to less than 1 over bytes.
+# exclusion of bytes that longer contexts have seen, so that it sums to less than 1 over bytes.
 
 ORDER = 5
 TOTAL, BEST = 256, 257      # no bytes: where a context's counts keep their sum and their largest
@@ -248,7 +251,7 @@ class PPM:
         self.history, self.now = 0, [None] * (ORDER + 1)
 
     def push(self, byte: int) -> tuple:
-        """Read a byte; returns what `pop` needs to forget it."""
+        """Read a byte; returns the state that `pop` needs to forget it."""
         before, bests = (self.history, self.now), []
         for table, mask, counts in zip(self.tables, self.masks, self.now):
             if counts is None:
@@ -303,7 +306,7 @@ class PPM:
 
 
 class Guesses(NamedTuple):
-    """What PPM says at each of M bytes; `ppm` depends on the byte, the others on what precedes."""
+    """PPM at each of M bytes; `ppm` depends on the byte, the others only on the bytes before."""
     ppm: np.ndarray             # (M,) its probability of the byte
     mass: np.ndarray            # (M,) its probability of all bytes that the trie allows there
     confidence: np.ndarray      # (M,) that of its likeliest byte, which gates
@@ -356,7 +359,7 @@ def explore(model: PPM, trie: Trie) -> Guesses:
 # ------------------------------------------------------------------------------------------------
 
 class Walks(NamedTuple):
-    """What a mixture may read of n tokens of M bytes in all: both models along each walk."""
+    """Both models along the walks of n tokens of M bytes in all: the input of a mixture."""
     sizes: np.ndarray           # (n,) bytes of each token
     nats: np.ndarray            # (n,) -log of the model's p(token)
     rest: np.ndarray            # (n,) see `Odds`
@@ -383,7 +386,7 @@ class Gate(NamedTuple):
     threshold: float = 0.9
 
     def weight(self, guesses: Guesses) -> np.ndarray:
-        """The model's weight at each byte (M,), from what came before the byte alone."""
+        """The model's weight at each byte (M,), from the bytes before it alone."""
         return np.where(guesses.confidence >= self.threshold, self.low, self.high)
 
 
@@ -416,11 +419,11 @@ def normalised(walks: Walks, gate: Gate) -> Scores:
 
 
 # ------------------------------------------------------------------------------------------------
-# Masses: what a score adds up to over everything that could have come
+# Masses: the sum of a score over all possible continuations
 # ------------------------------------------------------------------------------------------------
 
 class Context(NamedTuple):
-    """One sampled context: what could follow it, and both models' views of all of that."""
+    """One sampled context: the tokens that can follow it, and both models' odds of them."""
     trie: Trie
     log_probs: Tensor           # (V,) float64, the model's, on the host
     guesses: Guesses            # (N,) from `explore`
@@ -441,7 +444,7 @@ def all_walks(context: Context) -> Walks:
 
 
 def masses(form: Callable, gate: Gate, context: Context) -> tuple[float, float]:
-    """What a form's scores sum to over all tokens, and over all first bytes.
+    """Sums of a form's scores over all tokens, and over all first bytes.
 
     A published byte score depends on the token that the byte turns out to belong to; a first byte
     counts with its mean score, weighted by the model's odds of the tokens that begin with it.
@@ -483,7 +486,7 @@ class Form(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What a form came to."""
+    """The results of a form."""
     form: Form
     bpb: float
     masses: np.ndarray          # (S, 2) see `masses`
@@ -510,9 +513,9 @@ def forms(ttt: bool, hijack: float) -> list[Form]:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line; raises UseError."""
-    parser = Parser(prog="byte_mixture.py", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse the command line; raises console.Failure."""
+    parser = console.Parser(prog="byte_mixture.py", description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("artifact", type=Path, metavar="ARTIFACT", help="model.golf of a run")
     add("--data-dir", default="data", help="as DATA_DIR of train_gpt.py (data)")
@@ -524,7 +527,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--hijack", type=float, default=HIJACK_NATS, metavar="NATS",
         help=f"bound of the anti-hijack gate ({HIJACK_NATS})")
     add("--contexts", type=int, default=32, metavar="S", help="contexts whose mass is summed (32)")
-    add("--report", type=Path, metavar="FILE", help="also write what is printed to this file")
+    add("--report", type=Path, metavar="FILE", help="also write the output to this file")
     args = parser.parse_args(argv)
     if not all(0 <= value <= 1 for value in args.gate):
         parser.error(f"--gate {' '.join(map(str, args.gate))}: must be three numbers from 0 to 1")
@@ -532,42 +535,43 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--hijack {args.hijack}: must be 0 or more")
     if args.contexts < 1:
         parser.error(f"--contexts {args.contexts}: must be 1 or more")
-    if args.report and (args.report.is_dir() or not args.report.parent.is_dir()):
-        parser.error(f"--report {args.report}: no file can be written there")
+    report = args.report
+    if report and (report.exists() and not report.is_file() or not report.parent.is_dir()):
+        parser.error(f"--report {report}: no file can be written there")
     return args
 
 
-def open_stream(run: Run, tokenizer, most: int | None) -> Validation:
+def open_stream(run: Run, tokenizer, most: int | None) -> Stream:
     """The validation stream, or the whole windows of its first `most` targets."""
-    run.clock.close_training_data(0.0, 0.0)
-    data, T = train_gpt.open_validation(run, tokenizer), run.cfg.seq_len
+    run.rt.clock.close_training_data()
+    identity = train_gpt.check_data(replace(run.cfg, stages="eval"), run.rt)
+    stream, T = train_gpt.open_validation(run, tokenizer, identity), run.cfg.seq_len
     if most is None:
-        return data
+        return stream
     if most < T:
-        raise ConfigError(f"--tokens {most}: must be {T} or more, which is one window")
-    n = min(most // T * T, len(data.bytes))
-    return Validation(data.tokens[:n + 1], data.bytes[:n])
+        raise GolfError(f"--tokens {most}: must be {T} or more, which is one window")
+    n = min(most // T * T, len(stream.bytes))
+    return Stream(stream.tokens[:n + 1], stream.bytes[:n])
 
 
 def timed(work, *args):
-    """(what `work` returns, seconds it took)."""
+    """(result of `work`, seconds it took)."""
     started = time.perf_counter()
     return work(*args), time.perf_counter() - started
 
 
 def neural_pass(run: Run, capture: Capture) -> float:
     """Bits per byte of the evaluation of `capture`'s stream, which fills `capture`."""
-    backend = train_gpt.choose_attention(run.cfg, run.dist)[1]
-    with torch_attention.sdpa_kernel(backend):
-        tally = train_gpt.eval_chunks(run, capture, learn=run.cfg.ttt_enabled)
-    return capture.report("neural", tally, 0.0)[1]
+    with train_gpt.sdpa_backends(run.rt.dist):
+        tally = evaluate_text(run, capture)
+    return train_gpt.report_score("neural", tally, run.rt, 0.0)[1]
 
 
-def measure(run: Run, data: Validation, alphabet: Alphabet, args) -> list[str]:
-    """Lines of the report on `data`, which the model scores once and PPM reads once."""
-    n, gate = len(data.bytes), Gate(*args.gate)
+def measure(run: Run, stream: Stream, alphabet: Alphabet, args) -> list[str]:
+    """Lines of the report on `stream`, which the model scores once and PPM reads once."""
+    n, gate = len(stream.bytes), Gate(*args.gate)
     samples = np.random.default_rng(0).permutation(n)[:args.contexts]                   # (S,)
-    capture = Capture(run, data, alphabet, samples)
+    capture = Capture(run, stream, alphabet, samples)
     plain, seconds = timed(neural_pass, run, capture)
     (guesses, explored), ppm_seconds = timed(read_stream, alphabet, capture.text, samples)
     walks, contexts = capture.walks(guesses), capture.contexts(explored)
@@ -592,7 +596,7 @@ def bits_per_byte(score: Callable, walks: Walks, gate: Gate) -> float:
 
 
 def remarks(walks: Walks, gate: Gate, args, ppm_seconds: float, mass_seconds: float):
-    """Lines below the table: what was scored, by what constants, and how fast."""
+    """Lines below the table: the text, the constants and the speed."""
     size, guesses = int(walks.sizes.sum()), walks.guesses
     alone = -np.log2(guesses.ppm).sum() / size
     sure = (guesses.confidence >= gate.threshold).mean()
@@ -602,33 +606,33 @@ def remarks(walks: Walks, gate: Gate, args, ppm_seconds: float, mass_seconds: fl
         f"and {gate.high} elsewhere; the anti-hijack bound is {args.hijack} nats. PPM alone: "
         f"{alone:.5f} bits per byte. Masses are those of {args.contexts} contexts drawn at random.",
         "",
-        "Seconds: the whole neural pass in the first row, in the others what comes on top: "
+        "Seconds: the whole neural pass in the first row, in the others the time on top: "
         f"{ppm_seconds:.1f} s of PPM, once for all of them ({size / ppm_seconds:,.0f} bytes/s on "
         f"one core), and the mixing. The masses took {mass_seconds:.1f} s beside that."]
 
 
 def report(args: argparse.Namespace) -> str:
-    """Do what the command line asks; the report as Markdown."""
-    run, tokenizer = open_artifact(args.artifact, args.data_dir)
+    """The report that the command line asks for, as Markdown."""
+    run, coder, _ = open_artifact(args.artifact, args.data_dir)
     if args.no_ttt:
         run = run._replace(cfg=replace(run.cfg, ttt_enabled=False))
-    data = open_stream(run, tokenizer, args.tokens)
-    lines = measure(run, data, read_alphabet(tokenizer), args)
-    return "\n".join(lines) + "\n"
+    stream = open_stream(run, coder.tokenizer, args.tokens)
+    return "\n".join(measure(run, stream, read_alphabet(coder.tokenizer), args)) + "\n"
+
+
+def work(argv: list[str] | None) -> int:
+    """Print the report, and write it to a file if one is named."""
+    args = arguments(argv)
+    text = report(args)
+    print(text, end="")
+    if args.report:
+        console.write_atomic(args.report, [text.encode(errors="surrogateescape")])
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; 0 fine, 2 bad input, told in one line."""
-    try:
-        args = arguments(argv)
-        text = report(args)
-        print(text, end="")
-        if args.report:
-            write(args.report, text.encode())
-        return 0
-    except GolfError as e:
-        print(f"byte_mixture: {e}", file=sys.stderr)
-        return 2
+    """Run; exit code 0 success, 2 bad input, explained in one line."""
+    return console.run("byte_mixture", lambda: work(argv), GolfError)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ os.environ["TRITON_INTERPRET"] = "1"        # kernels, too, run on it
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -39,10 +40,10 @@ TINY = dict(
     micro_batch_seqs=4, warmup_steps=0, train_log_every=2, gptq_calibration_batches=2,
     matrix_clip_sigmas=12.85, eval_stride=8, eval_batch_seqs=16, ttt_chunk_tokens=256)
 # What makes a recipe's model and scoring its own, at a size for tests.
-SMALL = dict(dataset=f"toy_sp{VOCAB}", vocab_size=VOCAB, mlp_mult=2.0, parallel_residual_start=2)
+SMALL = dict(dataset=f"toy_sp{VOCAB}", vocab_size=VOCAB, mlp_mult=2.0, parallel_residual_start=2,
+             two_lanes=1, looping_min_steps=0, train_batch_tokens=256, micro_batch_seqs=4)
 PARTS = {name: {**values, **{k: v for k, v in SMALL.items() if k in values}}
          for name, values in train_gpt.RECIPES.items() if name != "demo"}
-PARTS["pr1060"] |= dict(bigram_buckets=37, bigram_dim=8, value_embed_dim=8)
 WORDS = ("the model reads a page and learns from every line that it has scored before any weight "
          "may move while the clock runs and bytes are counted in the open").split()
 
@@ -135,8 +136,13 @@ class QuietLog:
         """Remember a raw line."""
         self.lines.append(text)
 
-    def progress(self, what: str, frac: float = 0.0, details=None):
-        """Draw nothing."""
+    def bar(self, what: str, total: float):
+        """A progress bar that draws nothing."""
+        return tqdm(disable=True)
+
+    def track(self, items, what: str, total: int):
+        """The items, without a progress bar."""
+        return items
 
     def of(self, event: str) -> list[dict]:
         """The values of all events of one name, in order."""
@@ -153,7 +159,7 @@ def quiet() -> QuietLog:
 def make_run(quiet):
     """A function of a `Config` that returns a `Run` of one process with a quiet log."""
     def make(cfg: train_gpt.Config, dist=None) -> train_gpt.Run:
-        return train_gpt.start_run(cfg, dist or train_gpt.Dist({}), quiet)
+        return train_gpt.build_run(cfg, dist or train_gpt.Dist({}), quiet)
     return make
 
 
@@ -164,12 +170,12 @@ def stirred(run: train_gpt.Run, seed: int = 0) -> train_gpt.Run:
     return run
 
 
-def stream(cfg: train_gpt.Config, n: int, seed: int = 0) -> train_gpt.Validation:
+def stream(cfg: train_gpt.Config, n: int, seed: int = 0) -> train_gpt.Stream:
     """A random stream of n targets, each of 0 to 9 bytes."""
     rng = np.random.default_rng(seed)
     tokens = torch.from_numpy(rng.integers(cfg.vocab_size, size=n + 1).astype(np.int32))
     sizes = torch.from_numpy(rng.integers(10, size=n).astype(np.int16))
-    return train_gpt.Validation(tokens, sizes)
+    return train_gpt.Stream(tokens, sizes)
 
 
 def set_stage(patch: pytest.MonkeyPatch, env: dict, *args: str):
@@ -179,7 +185,6 @@ def set_stage(patch: pytest.MonkeyPatch, env: dict, *args: str):
     for name, value in env.items():
         patch.setenv(name, str(value))
     patch.setattr(sys, "argv", ["train_gpt.py", *args])
-    patch.setitem(sys.modules, "pack", None)            # packing for one log line takes a second
 
 
 def run_main(monkeypatch, capsys, env: dict, *args: str) -> tuple[int, str, str]:

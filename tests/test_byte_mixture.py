@@ -4,29 +4,31 @@ Run alone: python -m pytest -q tests/test_byte_mixture.py
 """
 import copy
 import math
+import os
 import re
-import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, stirred
+from conftest import ROOT, TINY, QuietLog, stirred
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import submit
 import train_gpt
-from train_gpt import Validation
+from train_gpt import Stream
+from use_artifact import evaluate_text
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import byte_mixture as bm  # noqa: E402
 from byte_mixture import PPM, Alphabet, Context, Gate, Trie  # noqa: E402
 
-few = settings(max_examples=100, deadline=None)
+few = settings(max_examples=60, deadline=None)
 texts = st.text("ab c", max_size=60).map(str.encode)
 pieces = st.text("ab c", max_size=4).map(str.encode)
 vocabularies = st.lists(pieces, min_size=1, max_size=12).filter(any)
@@ -131,19 +133,24 @@ def alphabet(toy_tokenizer) -> Alphabet:
     return bm.read_alphabet(toy_tokenizer)
 
 
-def toy_stream(cfg, tokenizer, n: int) -> Validation:
+def toy_stream(cfg, tokenizer, n: int) -> Stream:
     """The first n targets of the toy validation text."""
     path = next(cfg.dataset_dir.glob("*_val_*.bin"))
     tokens = np.array(train_gpt.read_shard(path).tokens[:n + 1])
-    sizes = train_gpt.target_bytes(tokens, tokenizer)
-    return Validation(torch.from_numpy(tokens.astype(np.int32)), torch.from_numpy(sizes))
+    sizes = train_gpt.bytes_per_target(tokens, tokenizer)
+    return Stream(torch.from_numpy(tokens.astype(np.int32)), torch.from_numpy(sizes))
 
 
-def captured(run, data: Validation, alphabet: Alphabet, learn: bool, samples=(3, 70, 8)):
+def evaluate(run, scorer: train_gpt.Scorer, learn: bool) -> train_gpt.Tally:
+    """The tally of a pass over sliding windows, with or without test-time training."""
+    return evaluate_text(run._replace(cfg=replace(run.cfg, ttt_enabled=learn)), scorer)
+
+
+def captured(run, data: Stream, alphabet: Alphabet, learn: bool, samples=(3, 70, 8)):
     """(tally, walks, contexts) of a pass over `data`."""
     samples = np.array(samples)
     capture = bm.Capture(run, data, alphabet, samples)
-    tally = train_gpt.eval_chunks(run, capture, learn)
+    tally = evaluate(run, capture, learn)
     guesses, explored = bm.read_stream(alphabet, capture.text, samples)
     return tally, capture.walks(guesses), capture.contexts(explored)
 
@@ -188,7 +195,7 @@ def test_every_token_has_a_place(toy_tokenizer, alphabet):
         assert trie.paths[toy_tokenizer.bos_id()] == [0]
         ids = [toy_tokenizer.piece_to_id(p) for p in ("<0x61>", "a")]
         assert trie.strings[ids[0]] == b"a" and trie.paths[ids[0]] == trie.paths[ids[1]]
-    marked = toy_tokenizer.piece_to_id(train_gpt.MARK)
+    marked = toy_tokenizer.piece_to_id(train_gpt.WORD_MARK)
     assert [trie.strings[marked] for trie in alphabet.tries] == [b" ", b""]
 
 
@@ -332,15 +339,15 @@ def test_a_pass_is_the_evaluation(cfg, make_run, toy_tokenizer, alphabet, learn)
     """Capturing moves no score; walks add up to the evaluation, target by target and in all."""
     data = toy_stream(cfg, toy_tokenizer, 544)
     run = stirred(make_run(cfg))
-    plain = train_gpt.eval_chunks(run, train_gpt.Scorer(run, data), learn)
+    plain = evaluate(run, train_gpt.Scorer(cfg, run.rt, run.forward, data), learn)
     run = stirred(make_run(cfg))
     tally, walks, contexts = captured(run, data, alphabet, learn)
-    assert torch.equal(tally.sums, plain.sums) and tally.ledger(run.dist) == (1, 1)
+    assert torch.equal(tally.sums, plain.sums) and tally.times_scored(run.rt.dist) == (1, 1)
     for form, gate in ((bm.neural, Gate()), (bm.normalised, MODEL_ONLY)):
         nats = form(walks, gate).nats(walks.sizes)
         np.testing.assert_allclose(nats, walks.nats, rtol=1e-9, atol=1e-9)
         assert bm.bits_per_byte(form, walks, gate) == pytest.approx(
-            plain.total(run.dist)[1], rel=1e-6)
+            plain.total(run.rt.dist)[1], rel=1e-6)
     for t, context in zip((3, 70, 8), contexts):
         assert -context.log_probs[data.tokens[t + 1]] == pytest.approx(walks.nats[t])
         assert bm.masses(bm.normalised, Gate(), context) == pytest.approx((1, 1), abs=1e-9)
@@ -361,14 +368,14 @@ def test_sampled_contexts_are_those_of_the_stream(cfg, make_run, toy_tokenizer, 
             assert -math.log(score) == pytest.approx(nats[t], rel=1e-9)
 
 
-def with_documents_anywhere(data: Validation, tokenizer) -> Validation:
+def with_documents_anywhere(data: Stream, tokenizer) -> Stream:
     """The stream with every third token a BOS, so that marked pieces follow some of them."""
     tokens = data.tokens.clone()
     tokens[::3] = tokenizer.bos_id()
     pieces = [tokenizer.id_to_piece(t) for t in tokens[1::3].tolist()]
-    assert sum(p.startswith(train_gpt.MARK) for p in pieces) > 3
-    sizes = train_gpt.target_bytes(tokens.numpy(), tokenizer)
-    return Validation(tokens, torch.from_numpy(sizes))
+    assert sum(p.startswith(train_gpt.WORD_MARK) for p in pieces) > 3
+    sizes = train_gpt.bytes_per_target(tokens.numpy(), tokenizer)
+    return Stream(tokens, torch.from_numpy(sizes))
 
 
 def test_nothing_reads_ahead(cfg, make_run, toy_tokenizer, alphabet):
@@ -377,8 +384,8 @@ def test_nothing_reads_ahead(cfg, make_run, toy_tokenizer, alphabet):
 
     def scored(tokens):
         """(nats of each target, weight at each target's first byte, sizes), learning on the way."""
-        sizes = train_gpt.target_bytes(tokens.numpy(), toy_tokenizer)
-        edited = Validation(tokens, torch.from_numpy(sizes))
+        sizes = train_gpt.bytes_per_target(tokens.numpy(), toy_tokenizer)
+        edited = Stream(tokens, torch.from_numpy(sizes))
         _, walks, _ = captured(stirred(make_run(cfg)), edited, alphabet, True)
         at = np.cumsum(walks.sizes) - walks.sizes
         return (bm.normalised(walks, gate).nats(walks.sizes),
@@ -419,12 +426,16 @@ def test_the_anti_hijack_gate_reads_the_target():
 # ------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def finished(toy_settings, toy_data, tmp_path_factory, run_program):
-    """Folder of a finished run of the toy, and its log."""
-    folder = tmp_path_factory.mktemp("run")
-    run = run_program({**toy_settings, "OUT_DIR": str(folder), "RUN_ID": "toy"})
-    assert run.returncode == 0, run.stderr
-    return folder
+def finished(toy_data, tmp_path_factory):
+    """(folder of a run of the toy, its scores by name)."""
+    folder, log = tmp_path_factory.mktemp("run"), QuietLog()
+    cfg = train_gpt.Config(**{**TINY, "data_dir": str(toy_data), "out_dir": str(folder),
+                              "run_id": "toy"})
+    run = train_gpt.build_run(cfg, train_gpt.Dist({}), log)
+    identity = train_gpt.check_data(cfg, run.rt)
+    train_gpt.quantize_stage(run, *train_gpt.train_stage(run, identity), identity)
+    train_gpt.eval_stage(run, {}, identity)
+    return folder, {values["name"]: values["val_bpb"] for values in log.of("eval")}
 
 
 def command(capsys, *args) -> tuple[int, str, str]:
@@ -433,53 +444,45 @@ def command(capsys, *args) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("ttt", [True, False])
-def test_the_table_holds_the_score_of_the_log(finished, toy_data, capsys, read_log, ttt):
-    """The first row is what train_gpt.py logged for that pass; the others carry their verdicts."""
-    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    artifact, report = finished / "runs/toy/model.golf", finished / "report.md"
+def test_the_table_holds_the_score_of_the_log(finished, toy_data, capsys, ttt):
+    """The first row is the score that train_gpt.py logged; the others carry their verdicts."""
+    folder, scores = finished
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    artifact, report = folder / "runs/toy/model.golf", folder / "report.md"
     code, out, err = command(capsys, artifact, "--data-dir", toy_data, "--contexts", 4,
                              "--report", report, *([] if ttt else ["--no-ttt"]))
     assert (code, err, report.read_text()) == (0, "", out)
-    name = "ttt" if ttt else "sliding"
-    logged, = (float(values["val_bpb"]) for event, values in read_log(finished / "logs/toy.txt")
-               if event == "eval" and values["name"] == name)
     rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
     assert [row[1].partition(":")[0] for row in rows] == [
         "valid?", "yes", "INVALID", "INVALID", "sums to 1"]
-    assert rows[1][2] == f"{logged:.5f}"
+    assert rows[1][2] == f"{scores['ttt' if ttt else 'sliding']:.5f}"
     assert rows[1][3] == rows[4][3] == rows[4][4] == "1.0000 / 1.0000 / 1.0000"
     assert "nothing in this table can become the headline" in out
     report.unlink()
-    assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_submit_takes_no_score_from_a_report(finished, toy_data, capsys):
-    """The report is no log: submit.py refuses it."""
-    report = finished / "table.txt"
-    command(capsys, finished / "runs/toy/model.golf", "--data-dir", toy_data, "--no-ttt",
+    """The report is no log: submit.py rejects it."""
+    folder, _ = finished
+    report = folder / "table.txt"
+    command(capsys, folder / "runs/toy/model.golf", "--data-dir", toy_data, "--no-ttt",
             "--tokens", 70, "--contexts", 1, "--report", report)
     assert " 64 targets" in report.read_text()
     assert submit.main([str(report)]) == 2
     assert re.fullmatch("submit: .*\n", capsys.readouterr().err)
 
 
-def test_it_runs_as_a_script_from_the_root():
-    """It finds train_gpt.py beside its folder; without an artifact it says so in one line."""
-    process = subprocess.run([sys.executable, "experiments/byte_mixture.py"], cwd=ROOT, text=True,
-                             capture_output=True, timeout=60)
-    assert (process.returncode, process.stdout) == (2, "")
-    assert re.fullmatch("byte_mixture: .*ARTIFACT.*\n", process.stderr)
-
-
 @pytest.mark.parametrize("args, complaint", [
-    ([], "ARTIFACT"), (["none.golf"], "none.golf: cannot be read"),
+    ([], "ARTIFACT"), (["none.golf"], "none.golf: no such file"),
     (["x", "--gate", "1", "2", "0"], "--gate 1.0 2.0 0.0"), (["x", "--hijack", "-1"], "--hijack"),
     (["x", "--contexts", "0"], "--contexts 0"), (["x", "--report", "no/where.md"], "no/where.md"),
+    (["x", "--report", os.devnull], os.devnull),
     (["ARTIFACT", "--tokens", "31"], "--tokens 31: must be 32 or more"),
     (["ARTIFACT", "--data-dir", "nowhere"], "nowhere")])
-def test_bad_input_is_told_in_one_line(finished, toy_data, capsys, args, complaint):
+def test_bad_input_is_rejected_in_one_line(finished, toy_data, capsys, args, complaint):
     """Exit code 2 and one line that names the argument or the file."""
-    real = [str(finished / "runs/toy/model.golf"), "--data-dir", str(toy_data)]
+    real = [str(finished[0] / "runs/toy/model.golf"), "--data-dir", str(toy_data)]
     args = [part for a in args for part in (real if a == "ARTIFACT" else [a])]
     code, out, err = command(capsys, *args)
     assert (code, out) == (2, "") and complaint in err

@@ -1,12 +1,14 @@
-"""Sections Training and Main: faults of disks, ranks and signals, and resumes that are forbidden.
+"""Sections Training and Main: faults of data, disks, ranks, signals, terminals and streams.
 
-Every fault is a real one: signals, file-size limits, ranks in processes of their own.
+Every fault is a real one: signals, file-size limits, closed streams, ranks in processes of their
+own.  `-k faults_md` selects the examples by which the faults were first reported.
 """
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,42 +19,32 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-import submit
+import prepare_data
 import train_gpt
-from conftest import ARM, PROGRAM, ROOT, VOCAB, finish, prose, run_main
-
-WRAPPER = """
-import os, resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-sys.argv[0] = {program!r}
-runpy.run_path({program!r}, run_name="__main__")
-"""
-WITNESS = """
-import os, sys
-sys.path.insert(0, {folder!r})
-sys.argv = ["train_gpt.py"]
-import train_gpt
-code = train_gpt.main()
-names = [open(f"/proc/self/task/{{t}}/comm").read().strip() for t in os.listdir("/proc/self/task")]
-print("threads left:", *[n for n in names if "gloo" in n], file=sys.stderr, flush=True)
-os._exit(code)
-"""
+from conftest import ARM, PROGRAM, ROOT, VOCAB, parse_line, prose, run_main, write_shard
 
 # Forks a child for every order that it reads, so that a run starts without importing torch again.
 NURSERY = ARM + """
-import json, os, resource, signal, sys, traceback
+import hashlib, json, os, resource, signal, sys, traceback
 sys.path.insert(0, sys.argv[1])
 import brotli, sentencepiece, torch, torch._dynamo
-import prepare_data, train_gpt
-sys.modules["pack"] = None                      # packing for one log line takes seconds
+import train_gpt
 torch.set_num_threads(1)
 
+def show_end_of_training(state, save=train_gpt.TrainState.save):
+    digest = hashlib.sha256(state.run.flat.data.numpy()).hexdigest()
+    print("trained", state.step, digest, file=sys.stderr)
+    save(state)
+
 def work(order):
-    console = os.open(order["console"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-    os.dup2(console, 2)
+    os.dup2(os.open(order["console"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in order else signal.SIG_DFL)
+    if "encoding" in order:
+        sys.stdout.reconfigure(encoding=order["encoding"])
     if "dies_before" in order:
         step, count = order["dies_before"]
         arm([step], count)
@@ -62,57 +54,76 @@ def work(order):
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     if "user" in order:
         os.setuid(order["user"])
+    if "haste" in order:                        # a clock that runs faster than those of other ranks
+        elapsed, train_gpt.READ_SECONDS = train_gpt.Clock.elapsed, 0.1
+        train_gpt.Clock.elapsed = lambda clock: order["haste"] * elapsed(clock)
+        train_gpt.TrainState.save = show_end_of_training
     os.environ.update(order["env"])
     sys.argv = ["train_gpt.py"]
-    return prepare_data.main(order["text"]) if "text" in order else train_gpt.main()
+    return train_gpt.main()
 
 for line in sys.stdin:
+    order = json.loads(line)
+    if "wait" in order:
+        print(os.waitpid(order["wait"], 0)[1], flush=True)
+        continue
     child = os.fork()
     if not child:
         code = 1
         try:
-            code = work(json.loads(line))
+            code = work(order)
         except BaseException:
             traceback.print_exc()
         sys.stderr.flush()
         os._exit(code)
     print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
-def files_under(folder: Path) -> dict[str, bytes]:
-    """Content of every file below a folder but logs, by relative path."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-            if p.is_file() and "logs" not in p.parts}
+def clean_environment() -> dict[str, str]:
+    """The environment of a process that shall see no setting of the tests' own."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return dict(kept, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 
 class Nursery:
-    """Runs of the programs in processes of their own that start in no time; one at a time."""
+    """Runs of the program in processes of their own that start in no time."""
 
     def __init__(self, folder: Path):
         """Start the process that imports all libraries and waits for orders."""
-        clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        self.console = folder / "console"
+        self.folder = folder
         self.process = subprocess.Popen(
             [sys.executable, "-c", NURSERY, str(ROOT)], stdin=subprocess.PIPE, text=True,
-            stdout=subprocess.PIPE, env=dict(clean, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""))
+            stdout=subprocess.PIPE, env=clean_environment())
 
-    def start(self, env: dict, **order) -> int:
-        """Start a run and return the id of its process; `order` says what is to befall it."""
-        order = dict(order, env=env, console=str(self.console))
+    def ask(self, **order) -> int:
+        """Give an order and return the number that answers it."""
         print(json.dumps(order), file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
 
-    def wait(self) -> tuple[int, str]:
-        """(exit code, what it told) of the run; minus the number of the signal that killed it."""
-        code = os.waitstatus_to_exitcode(int(self.process.stdout.readline()))
-        return code, self.console.read_text()
+    def start(self, env: dict, **order) -> int:
+        """Start a run and return the id of its process; `order` says what is to befall it."""
+        console = self.folder / f"console{env.get('RANK', 0)}"
+        return self.ask(env=env, console=str(console), **order)
+
+    def wait(self, child: int, rank: int = 0) -> tuple[int, str]:
+        """(exit code or minus a signal's number, stderr) of a run."""
+        code = os.waitstatus_to_exitcode(self.ask(wait=child))
+        return code, (self.folder / f"console{rank}").read_text()
 
     def run(self, env: dict, **order) -> tuple[int, str]:
         """The same of a whole run."""
-        self.start(env, **order)
-        return self.wait()
+        return self.wait(self.start(env, **order))
+
+    def start_ranks(self, env: dict, *orders: dict) -> list[int]:
+        """Start the ranks of one run, each with an order of its own, and return their ids."""
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        env = {**env, "WORLD_SIZE": str(len(orders)), "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": port}
+        return [self.start({**env, "RANK": str(i), "LOCAL_RANK": str(i)}, **order)
+                for i, order in enumerate(orders)]
 
 
 @pytest.fixture(scope="module")
@@ -131,89 +142,112 @@ def settings_for(toy_settings: dict, folder: Path, **more: str) -> dict[str, str
             "NUM_KV_HEADS": "1", "SLIDING_ENABLED": "0", "EMA_HORIZON_FRAC": "0.5", **more}
 
 
+def events_of(folder: Path) -> list[tuple[str, dict]]:
+    """Events of the log of the run in `folder`."""
+    return [parse_line(line) for line in (folder / "logs/r.txt").read_text().splitlines()]
+
+
+def files_under(folder: Path) -> dict[str, bytes]:
+    """Content of every file below a folder but logs, by relative path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.is_file() and "logs" not in p.parts}
+
+
+def checkpoint(path: Path) -> tuple[dict, dict[str, bytes]]:
+    """(meta, bytes of each tensor) of a checkpoint."""
+    container = train_gpt.open_container(path, "checkpoint")
+    tensors = container.tensors(container.layout)
+    return container.meta, {name: t.numpy().tobytes() for name, t in tensors.items()}
+
+
 def outcome(folder: Path) -> SimpleNamespace:
     """All that a finished run in `folder` is worth: checkpoint, artifact, losses and scores."""
-    meta, tensors = train_gpt.read_container(folder / "runs/r/checkpoint.golf", "checkpoint")
-    log = submit.read_log(folder / "logs/r.txt")
+    meta, tensors = checkpoint(folder / "runs/r/checkpoint.golf")
+    events = events_of(folder)
     return SimpleNamespace(
-        place=(meta["step"], meta["loader"], meta["expected_steps"]),
-        tensors={name: tensor.numpy().tobytes() for name, tensor in tensors.items()},
+        place=(meta["step"], meta["loader"], meta["expected_steps"]), tensors=tensors,
         artifact=(folder / "runs/r/model.golf").read_bytes(),
-        losses={e.values["n"]: e.values["train_loss"] for e in log.all("step")},
-        scores={e.values["name"]: e.values["val_bpb"] for e in log.all("eval")})
+        losses={v["n"]: v["train_loss"] for e, v in events if e == "step"},
+        scores={v["name"]: v["val_bpb"] for e, v in events if e == "eval"})
 
 
 @pytest.fixture(scope="module")
 def undisturbed(nursery, toy_settings, tmp_path_factory) -> SimpleNamespace:
-    """What comes out where nothing happens."""
+    """The outcome where nothing happens."""
     folder = tmp_path_factory.mktemp("undisturbed")
     assert nursery.run(settings_for(toy_settings, folder)) == (0, "")
     return outcome(folder)
 
 
-def all_whole(folder: Path):
-    """Fail unless every file below `folder` is a whole one, or one whose name says that it is not.
+@pytest.fixture(scope="module")
+def earlier(nursery, toy_settings, tmp_path_factory) -> Path:
+    """The folder of an earlier run of the same name, whose files are there when another begins."""
+    folder = tmp_path_factory.mktemp("earlier")
+    env = settings_for(toy_settings, folder, SEED="7", STAGES="train,quantize")
+    assert nursery.run(env) == (0, "")
+    return folder
 
-    Returns: the names of those that are whole.
-    """
+
+def all_whole(folder: Path) -> set[str]:
+    """Names of the whole files below `folder`; fails for a file that is neither whole nor .part."""
     names = set()
     for path in filter(Path.is_file, folder.rglob("*")):
         if path.suffix == ".golf":
-            train_gpt.read_container(path, dict(model="artifact").get(path.stem, path.stem))
+            train_gpt.open_container(path, dict(model="artifact").get(path.stem, path.stem))
             names.add(path.name)
         elif path.suffix == ".txt":
             assert not path.read_text() or path.read_text().endswith("\n")
         else:
-            assert re.fullmatch(r"\w+\.golf\.\d+\.part", path.name), path
+            assert re.fullmatch(r"\w+\.golf\.part", path.name), path
     return names
 
 
-def one_line(told: str, *named: str):
-    """Fail unless the program told one line of its own that names what it is about."""
-    assert re.fullmatch(r"(train_gpt|prepare_data): [^\n]*\n", told), told
-    assert all(name in told for name in named), told
-
-
-def carry_on(nursery: Nursery, env: dict):
-    """Resume a run, or begin it again where the program says that there is nothing to resume."""
-    code, told = nursery.run({**env, "RESUME": "1"})
-    if code:
-        one_line(told, "checkpoint")
-        assert code == 2
-        code, told = nursery.run(env)
-    assert (code, told) == (0, "")
+def one_line(printed: str, *named: str):
+    """Fail unless the program printed one line of its own that names its subject."""
+    assert re.fullmatch(r"train_gpt: [^\n]*\n", printed), printed
+    assert all(name in printed for name in named), printed
 
 
 # ------------------------------------------------------------------------------------------------
 # kill -9
 # ------------------------------------------------------------------------------------------------
 
-MOMENTS = ("attention", "step n=2/", "step n=4/", "train_end", "hessians", "compress",
+MOMENTS = ("model params", "step n=2/", "step n=4/", "train_end", "hessians", "compress",
            "warm_up graph=scoring", "score chunk=2/")
 
 
 def wait_for(log: Path, text: str):
     """Return as soon as the log says `text`."""
-    for _ in range(30_000):
+    for _ in range(10_000):
         if log.exists() and text in log.read_text():
             return
-        time.sleep(0.001)
+        time.sleep(0.003)
     pytest.fail(f"{text!r} did not appear in 30 s")
 
 
-def strike(nursery: Nursery, env: dict, moment: str, number: int) -> tuple[int, str]:
-    """Start a run, signal it up to 20 ms after its log says `moment`; returns what became of it."""
-    child = nursery.start(env)
+def strike(nursery: Nursery, env: dict, moment: str, number: int, **order) -> tuple[int, str]:
+    """Start a run, signal it up to 20 ms after its log says `moment`; returns how it ended."""
+    child = nursery.start(env, **order)
     wait_for(Path(env["OUT_DIR"]) / "logs/r.txt", moment)
     time.sleep(0.02 * np.random.default_rng(len(moment)).random())
     with suppress(ProcessLookupError):                      # it was faster
         os.kill(child, number)
-    return nursery.wait()
+    return nursery.wait(child)
+
+
+def carry_on(nursery: Nursery, env: dict):
+    """Resume a run, or begin it again where the program says that there is nothing to resume."""
+    code, printed = nursery.run({**env, "RESUME": "1"})
+    if code:
+        one_line(printed, "checkpoint")
+        assert code == 2
+        code, printed = nursery.run(env)
+    assert (code, printed) == (0, "")
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_at_any_moment(nursery, undisturbed, toy_settings, tmp_path, moment):
-    """Whenever a run is killed, what is left is whole, and the run that follows ends the same.
+    """Whenever a run is killed, its files are whole, and the run that follows ends the same.
 
     To the bit: weights, average, optimiser, place in the data, losses, artifact and scores.
     """
@@ -228,14 +262,6 @@ def test_kill_at_any_moment(nursery, undisturbed, toy_settings, tmp_path, moment
     assert found.losses.items() <= undisturbed.losses.items()
     assert (found.place, found.tensors) == (undisturbed.place, undisturbed.tensors)
     assert (found.artifact, found.scores) == (undisturbed.artifact, undisturbed.scores)
-
-@pytest.fixture(scope="module")
-def earlier(nursery, toy_settings, tmp_path_factory) -> Path:
-    """The folder of an earlier run of the same name, whose files are there when another begins."""
-    folder = tmp_path_factory.mktemp("earlier")
-    env = settings_for(toy_settings, folder, SEED="7", STAGES="train,quantize")
-    assert nursery.run(env) == (0, "")
-    return folder
 
 
 WRITES = {  # what a write is cut short by: before the n-th sync or rename, or in its middle
@@ -260,75 +286,16 @@ def test_kill_in_a_write(nursery, undisturbed, earlier, toy_settings, tmp_path, 
     assert outcome(tmp_path).artifact == undisturbed.artifact
 
 
-@pytest.fixture(scope="module")
-def notes(nursery, tmp_path_factory) -> SimpleNamespace:
-    """Files for `prepare_data.py text`: arguments of an old and a new dataset, and the new one."""
-    folder = tmp_path_factory.mktemp("notes")
-    rng, files = np.random.default_rng(0), [folder / f"{i}.txt" for i in range(24)]
-    for path in files:
-        path.write_text("\n".join(prose(rng) for _ in range(6)))
-    usual = ["--name", "toy", "--vocab-size", str(VOCAB), "--shard-tokens", "1000", "--data-dir"]
-    old, new = (["text", *map(str, files[:n]), *usual] for n in (20, 24))
-    for arguments, name in ((old, "old"), (new, "new")):
-        assert nursery.run({}, text=[*arguments, str(folder / name)]) == (0, "")
-    return SimpleNamespace(new=new, before=folder / "old", after=files_under(folder / "new"))
-
-
-def may_be_used(data_dir: Path) -> bool:
-    """Whether train_gpt.py takes a folder for a dataset; if not, it says so in one line."""
-    cfg = train_gpt.Config(data_dir=str(data_dir), dataset=f"toy_sp{VOCAB}", vocab_size=VOCAB)
-    try:
-        return bool(train_gpt.open_shards(cfg, "train", train_gpt.Clock(cfg), lambda *a, **k: None))
-    except train_gpt.DataError as e:
-        assert str(data_dir) in str(e) and "prepare_data.py" in str(e) and "\n" not in str(e)
-        return False
-
-
-STEPS = [("random", 0.1), ("random", 0.3), ("random", 0.6), ("random", 0.9), ("fsync", 5),
-         ("unlink", 3), ("replace", 1), ("replace", 3), ("replace", 5), ("fsync", 12)]
-
-
-@pytest.mark.parametrize("step, when", STEPS)
-def test_kill_of_prepare_data(nursery, notes, tmp_path, step, when):
-    """A dataset that is being made anew is the old one, the new one, or none that can be used."""
-    data = tmp_path / "data"
-    shutil.copytree(notes.before, data)
-    old, arguments = files_under(data), [*notes.new, str(data)]
-    child = nursery.start({}, text=arguments, **({} if step == "random" else {
-        "dies_before": (step, when)}))
-    if step == "random":
-        time.sleep(when * np.random.default_rng(3).random())
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-    assert nursery.wait()[0] in (0, -signal.SIGKILL)
-    left = {name: data for name, data in files_under(data).items() if not name.endswith(".tmp")}
-    for name, content in left.items():
-        assert content in (old.get(name), notes.after.get(name)) or name.endswith(".lock"), name
-    whole = all(left.items() >= files.items() for files in (old,)) or (
-        left.items() >= notes.after.items())
-    assert may_be_used(data) == whole
-    assert nursery.run({}, text=arguments) == (0, "")
-    assert files_under(data) == notes.after and may_be_used(data)
-
-
 # ------------------------------------------------------------------------------------------------
-# Ranks and signals
+# Signals and ranks
 # ------------------------------------------------------------------------------------------------
 
-def test_ranks_leave_no_thread_behind(toy_env, run_program, tmp_path):
-    """At the end of a run the communication threads have ended: one alive at exit may abort it."""
-    program = tmp_path / "witness.py"
-    program.write_text(WITNESS.format(folder=str(PROGRAM.parent)))
-    done = run_program({**toy_env, "SLIDING_ENABLED": "0", "TTT_ENABLED": "0"}, world=2,
-                       program=program)
-    assert done.stderr.count("threads left:") == 2, done.stderr
-    assert "gloo" not in done.stderr.replace("_gloo", ""), done.stderr
-    assert done.returncode == 0
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_signal_has_its_usual_effect(number):
-    """The first asks training to end, the second is the handler's that was there before."""
+    """The first asks training to end; the second calls the handler that was there before."""
     heard, before = [], signal.signal(number, lambda *_: heard.append(number))
     try:
         with train_gpt.StopRequest() as stop:
@@ -342,72 +309,88 @@ def test_a_second_signal_has_its_usual_effect(number):
         signal.signal(number, before)
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_training_early_and_still_ships(nursery, toy_settings, tmp_path, number):
+    """After one signal the artifact is written and scored, and the log gives the reason."""
+    env = settings_for(toy_settings, tmp_path, ITERATIONS="100000", CHECKPOINT_SECONDS="0")
+    assert strike(nursery, env, "step n=3/", number) == (0, "")
+    assert [v["reason"] for e, v in events_of(tmp_path) if e == "train_end"] == ["signal"]
+    assert "ttt" in outcome(tmp_path).scores
+
+
+def test_nohup_stays_in_force(nursery, toy_settings, tmp_path):
+    """A SIGHUP that is ignored at the start, as by nohup, ends nothing."""
+    env = settings_for(toy_settings, tmp_path, ITERATIONS="30", STAGES="train")
+    assert strike(nursery, env, "step n=3/", signal.SIGHUP, nohup=True) == (0, "")
+    assert [v["reason"] for e, v in events_of(tmp_path) if e == "train_end"] == ["iterations"]
+
+
 @pytest.mark.parametrize("moment, number", [
     ("warm_up graph=plain", signal.SIGINT), ("hessians", signal.SIGINT),
     ("score chunk=1/", signal.SIGINT),
-    ("hessians", signal.SIGTERM), ("score chunk=1/", signal.SIGTERM)])
+    ("hessians", signal.SIGTERM), ("score chunk=1/", signal.SIGHUP)])
 def test_signals_outside_training_stop_the_run(nursery, toy_settings, tmp_path, moment, number):
-    """Ctrl-C is told in one line, SIGTERM has its usual effect; files that are left are whole.
-
-    In training the first one is a wish to end early: tests/test_train.py.
-    """
-    env = settings_for(toy_settings, tmp_path, TTT_EPOCHS="20", WARMUP_STEPS="50")
-    code, told = strike(nursery, env, moment, number)
+    """Ctrl-C prints one line, other signals have their usual effect; files that exist are whole."""
+    env = settings_for(toy_settings, tmp_path, TTT_EPOCHS="20",
+                       WARMUP_STEPS="30" if "warm_up" in moment else "0")
+    code, printed = strike(nursery, env, moment, number)
     if number == signal.SIGINT:
-        one_line(told, "stopped")
+        one_line(printed, "stopped")
         assert code == 130
     else:
-        assert (code, told) == (-number, "")
+        assert (code, printed) == (-number, "")
     all_whole(tmp_path)
-
-
-def rank_processes(launcher: int) -> dict[int, int]:
-    """Process ids of the ranks that a torchrun has started, by rank."""
-    found = {}
-    for task in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            parent = int((task / "stat").read_text().rpartition(")")[2].split()[1])
-            rank = re.search(r"(?:^|\0)RANK=(\d+)", (task / "environ").read_text())
-            if parent == launcher and rank:
-                found[int(rank[1])] = int(task.name)
-    return found
 
 
 @pytest.mark.parametrize("moment, left", [
     ("step n=3/", {"checkpoint.golf"}), ("score chunk=1/", {"checkpoint.golf", "model.golf"})])
 def test_a_rank_that_dies_ends_the_run(nursery, toy_settings, tmp_path, moment, left):
-    """kill -9 of one of two ranks: all end, none with a traceback, and what is left is of use."""
+    """kill -9 of one of two ranks: the other prints one line, and the files are of use."""
     env = settings_for(toy_settings, tmp_path, TTT_EPOCHS="100", ITERATIONS=(
         "4000" if left == {"checkpoint.golf"} else "6"))
-    clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.Popen(
-        [sys.executable, *torchrun, str(PROGRAM)], stdout=subprocess.DEVNULL, text=True,
-        stderr=subprocess.PIPE, start_new_session=True,
-        env=dict(clean, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **env))
+    ranks = nursery.start_ranks(env, {}, {})
     wait_for(tmp_path / "logs/r.txt", moment)
-    os.kill(rank_processes(process.pid)[1], signal.SIGKILL)
-    told = finish(process, 30).stderr
-    assert process.returncode and "[rank0]" not in told, told
-    ours = [line for line in told.splitlines() if line.startswith("train_gpt: ")]
-    assert len(ours) <= 1 and all("another rank has died" in line for line in ours), told
-    assert all_whole(tmp_path) == left
+    os.kill(ranks[1], signal.SIGKILL)
+    assert nursery.wait(ranks[1], 1)[0] == -signal.SIGKILL
+    code, printed = nursery.wait(ranks[0])
+    ours = [line for line in printed.splitlines() if line.startswith("train_gpt: ")]
+    assert len(ours) == 1 and "another rank has died" in ours[0], printed
+    assert "Traceback" not in printed
+    assert code == 2 and all_whole(tmp_path) == left
     more = dict(STAGES="eval" if "model.golf" in left else "train", RESUME="1", ITERATIONS="6")
     assert nursery.run({**env, **more, "TTT_EPOCHS": "1"}) == (0, "")
+
+
+def test_ranks_with_unequal_clocks_take_the_same_steps(nursery, toy_settings, tmp_path):
+    """Where one rank's clock runs half as fast again, all end at one step with equal weights."""
+    env = settings_for(toy_settings, tmp_path, MAX_WALLCLOCK_SECONDS="2", WARMUP_STEPS="3",
+                       ITERATIONS="100000", TRAIN_LOG_EVERY="100000", CHECKPOINT_SECONDS="0",
+                       STAGES="train")
+    ranks = nursery.start_ranks(env, dict(haste=1.0), dict(haste=1.5))
+    ends = [nursery.wait(child, rank) for rank, child in enumerate(ranks)]
+    trained = [re.findall(r"^trained (\d+) (\w+)$", printed, re.M) for _, printed in ends]
+    assert [code for code, _ in ends] == [0, 0] and trained[0] == trained[1], ends
+    steps = int(trained[0][0][0])
+    [end] = [v for e, v in events_of(tmp_path) if e == "train_end"]
+    assert (end["reason"], int(end["steps"])) == ("wallclock", steps)
+    assert steps > 10       # so that most were taken between two readings of the clock
 
 
 # ------------------------------------------------------------------------------------------------
 # Disks
 # ------------------------------------------------------------------------------------------------
 
-def test_a_disk_that_fills_up_later_leaves_the_old_files(nursery, earlier, toy_settings, tmp_path):
-    """An artifact that does not fit: one line, and the old one stays, as does the checkpoint."""
+@pytest.mark.parametrize("stage, file, largest", [
+    ("train", "checkpoint.golf", 50_000), ("quantize", "model.golf", 10_000)])
+def test_a_disk_that_fills_up_leaves_the_old_files(
+        nursery, earlier, toy_settings, tmp_path, stage, file, largest):
+    """A file that does not fit: one line and exit code 2; the old files stay as they were."""
     shutil.copytree(earlier, tmp_path, dirs_exist_ok=True)
     (tmp_path / "logs/r.txt").unlink()
     old = files_under(tmp_path)
-    env = settings_for(toy_settings, tmp_path, SEED="7", STAGES="quantize")
-    code, told = nursery.run(env, largest=len(old["runs/r/model.golf"]) - 1)
-    one_line(told, "model.golf: cannot be written (File too large)")
+    env = settings_for(toy_settings, tmp_path, SEED="7", STAGES=stage)
+    code, printed = nursery.run(env, largest=largest)
+    one_line(printed, f"{file}: cannot be written (File too large)")
     assert code == 2 and files_under(tmp_path) == old
 
 
@@ -417,95 +400,89 @@ def test_a_disk_that_fills_up_later_leaves_the_old_files(nursery, earlier, toy_s
     ("runs/r/checkpoint.golf", 0, "quantize"), ("runs/r/model.golf", 0, "eval"),
     ("data/datasets", 0, "train"), ("data/tokenizers", 0, "eval")])
 def test_folders_and_files_that_are_closed(nursery, earlier, toy_settings, closed, mode, stage):
-    """What may not be read, entered or written is named in one line, and nothing changes."""
+    """A path that may not be read, entered or written is named in one line; nothing changes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copytree(earlier, folder, dirs_exist_ok=True)
         shutil.copytree(toy_settings["DATA_DIR"], folder / "data")
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o777)
-        old = files_under(folder)
+        old = files_under(folder / "runs")
         (folder / closed).chmod(mode)
         env = settings_for(toy_settings, folder, SEED="7", STAGES=stage,
                            DATA_DIR=str(folder / "data"))
-        code, told = nursery.run(env, user=65534)
+        code, printed = nursery.run(env, user=65534)
         (folder / closed).chmod(0o777)
-        one_line(told, closed.partition("/")[0])
-        assert code == 2 and files_under(folder) == old
+        one_line(printed, closed.partition("/")[0])
+        assert code == 2 and files_under(folder / "runs") == old
 
 
-def test_a_loss_that_is_no_number_leaves_the_old_files(nursery, toy_settings, tmp_path):
+def test_a_loss_that_is_not_finite_leaves_the_old_files(earlier, toy_settings, tmp_path,
+                                                        monkeypatch, capsys):
     """Steps that are too large: one line with the step and the settings to lower; files stay."""
-    env = settings_for(toy_settings, tmp_path, ITERATIONS="3", CHECKPOINT_SECONDS="0")
-    assert nursery.run(env) == (0, "")
+    shutil.copytree(earlier, tmp_path, dirs_exist_ok=True)
     old = files_under(tmp_path)
-    code, told = nursery.run({**env, "RESUME": "1", "ITERATIONS": "40", "TIED_EMBED_LR": "1e30",
-                              "SCALAR_LR": "1e30"})
-    one_line(told, "step", "loss", "TIED_EMBED_LR")
+    env = settings_for(toy_settings, tmp_path, SEED="7", RESUME="1", ITERATIONS="40",
+                       CHECKPOINT_SECONDS="0", TIED_EMBED_LR="1e18", SCALAR_LR="1e18")
+    code, _, printed = run_main(monkeypatch, capsys, env)
+    one_line(printed, "step", "loss", "TIED_EMBED_LR")
     assert code == 2 and files_under(tmp_path) == old
-
-
-def test_a_disk_that_fills_up_leaves_the_old_files(toy_env, run_program, tmp_path):
-    """A checkpoint larger than what is left: one line, exit code 2, the old one as it was."""
-    folder = tmp_path / "runs" / "pr1876_seed1337"
-    folder.mkdir(parents=True)
-    (folder / "checkpoint.golf").write_bytes(b"old")
-    program = tmp_path / "wrapper.py"
-    program.write_text(WRAPPER.format(program=str(PROGRAM)))
-    before = files_under(tmp_path)
-    done = run_program(toy_env, program=program)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "checkpoint.golf: cannot be written (File too large)" in done.stderr
-    assert files_under(tmp_path) == before
 
 
 def test_a_log_on_a_full_disk(toy_env, tmp_path, monkeypatch, capsys):
     """The log is the first to meet a full disk: one line that names it."""
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "pr1876_seed1337.txt").symlink_to("/dev/full")
-    code, _, err = run_main(monkeypatch, capsys, toy_env)
-    assert code == 2 and len(err.splitlines()) == 1
-    assert "pr1876_seed1337.txt" in err and "No space left" in err
+    code, _, printed = run_main(monkeypatch, capsys, toy_env)
+    one_line(printed, "pr1876_seed1337.txt", "No space left")
+    assert code == 2
+
+
+def test_a_shard_that_changes_in_training(nursery, toy_settings, tmp_path):
+    """A byte of a training shard that changes while training runs: no artifact is written."""
+    shutil.copytree(toy_settings["DATA_DIR"], tmp_path / "data")
+    env = settings_for(toy_settings, tmp_path, DATA_DIR=str(tmp_path / "data"), ITERATIONS="50")
+    child = nursery.start(env)
+    wait_for(tmp_path / "logs/r.txt", "step n=3/")
+    flip_bit(tmp_path / "data/datasets" / f"toy_sp{VOCAB}" / "toy_train_000001.bin", 2000)
+    code, printed = nursery.wait(child)
+    one_line(printed, f"toy_sp{VOCAB}", "changed while training ran")
+    assert code == 2 and not (tmp_path / "runs/r/model.golf").exists()
+    assert any(event == "train_end" for event, _ in events_of(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------
 # Settings
 # ------------------------------------------------------------------------------------------------
 
-def drop_a_shard(data: Path):
-    """Take the last training shard away."""
-    (data / "datasets" / f"toy_sp{VOCAB}" / "toy_train_000002.bin").unlink()
-
-
 @pytest.mark.parametrize("settings, named", [
-    (dict(SEED="7"), "SEED"), (dict(LOADER="shuffled"), "LOADER"),
+    (dict(SEED="8"), "SEED"), (dict(LOADER="shuffled"), "LOADER"),
     (dict(TRAIN_BATCH_TOKENS="128"), "TRAIN_BATCH_TOKENS"),
-    (dict(SEQ_LEN="16", ROPE_BASE="10000.0"), "SEQ_LEN"), (dict(NUM_HEADS="2"), "NUM_HEADS"),
-    (None, "shards")], ids=["seed", "loader", "batch", "length", "model", "data"])
-def test_no_resume_under_other_settings(toy_env, tmp_path, monkeypatch, capsys, settings, named):
+    (dict(SEQ_LEN="16", ROPE_BASE="10000.0"), "SEQ_LEN"), (dict(NUM_HEADS="4"), "NUM_HEADS"),
+    (dict(), "shards")], ids=["seed", "loader", "batch", "length", "model", "data"])
+def test_no_resume_under_other_settings(earlier, toy_settings, tmp_path, monkeypatch, capsys,
+                                        settings, named):
     """What decides the order of the data must be as it was, or the run is no continuation."""
-    data = tmp_path / "data"
-    shutil.copytree(toy_env["DATA_DIR"], data)
-    env = {**toy_env, "DATA_DIR": str(data), "RUN_ID": "r", "STAGES": "train", "ITERATIONS": "2"}
-    assert run_main(monkeypatch, capsys, env)[0] == 0
-    if settings is None:
-        drop_a_shard(data)
+    shutil.copytree(earlier, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(toy_settings["DATA_DIR"], tmp_path / "data")
+    if not settings:
+        (tmp_path / "data/datasets" / f"toy_sp{VOCAB}" / "toy_train_000002.bin").unlink()
     before = files_under(tmp_path / "runs")
-    code, _, err = run_main(monkeypatch, capsys, {
-        **env, **(settings or {}), "RESUME": "1", "ITERATIONS": "4"})
-    assert code == 2 and len(err.splitlines()) == 1 and named in err
-    assert files_under(tmp_path / "runs") == before
+    env = settings_for(toy_settings, tmp_path, SEED="7", RESUME="1", ITERATIONS="8",
+                       DATA_DIR=str(tmp_path / "data"))
+    code, _, printed = run_main(monkeypatch, capsys, {**env, **settings})
+    one_line(printed, named)
+    assert code == 2 and files_under(tmp_path / "runs") == before
 
 
-def test_resume_at_the_end_changes_nothing(toy_env, tmp_path, monkeypatch, capsys):
-    """Resuming a training that is over takes no step and leaves the same checkpoint tensors."""
-    env = {**toy_env, "STAGES": "train"}
+def test_resume_at_the_end_changes_nothing(earlier, toy_settings, tmp_path, monkeypatch, capsys):
+    """Resuming a training that is over takes no step and leaves the same tensors."""
+    shutil.copytree(earlier, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "runs/r/checkpoint.golf"
+    before = checkpoint(path)[1]
+    env = settings_for(toy_settings, tmp_path, SEED="7", STAGES="train", RESUME="1")
     assert run_main(monkeypatch, capsys, env)[0] == 0
-    path = tmp_path / "runs" / "pr1876_seed1337" / "checkpoint.golf"
-    before = train_gpt.read_container(path, "checkpoint")[1]
-    assert run_main(monkeypatch, capsys, {**env, "RESUME": "1"})[0] == 0
-    after = train_gpt.read_container(path, "checkpoint")[1]
-    assert before.keys() == after.keys() and all((before[n] == after[n]).all() for n in before)
+    assert checkpoint(path)[1] == before
 
 
 @pytest.mark.parametrize("settings", [
@@ -519,10 +496,176 @@ def test_any_allowed_model_runs_to_the_end(toy_env, tmp_path, monkeypatch, capsy
     assert (tmp_path / "runs" / "pr1876_seed1337" / "model.golf").is_file()
 
 
-def test_scoring_over_its_budget_is_refused(toy_env, tmp_path, monkeypatch, capsys):
-    """A whole run whose scoring takes too long ends in one line and prints no score block."""
-    env = {**toy_env, "EVAL_WALLCLOCK_SECONDS": "0.0001"}
-    code, _, err = run_main(monkeypatch, capsys, env)
-    assert code == 2 and len(err.splitlines()) == 1 and "scoring" in err
-    text = (tmp_path / "logs" / "pr1876_seed1337.txt").read_text()
-    assert "val_bpb:" not in text
+# ------------------------------------------------------------------------------------------------
+# The examples of faults.md, by row, on its own data and model
+# ------------------------------------------------------------------------------------------------
+
+def flip_bit(path: Path, at: int):
+    """Change the lowest bit of one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def notes_data(tmp_path_factory) -> Path:
+    """A data_dir with manifest: 12 files of 6 kB and a vocabulary of 320."""
+    folder, rng = tmp_path_factory.mktemp("notes"), np.random.default_rng(0)
+    files = [folder / f"d{i}.txt" for i in range(12)]
+    for path in files:
+        path.write_text(" ".join(prose(rng) for _ in range(30))[:6000])
+    assert prepare_data.main(["text", *map(str, files), "--name", "notes", "--vocab-size", "320",
+                              "--data-dir", str(folder / "data")]) == 0
+    return folder / "data"
+
+
+@pytest.fixture
+def notes(notes_data, tmp_path) -> SimpleNamespace:
+    """A copy of these data with the paths of its files, and the settings to train on it."""
+    data = tmp_path / "data"
+    shutil.copytree(notes_data, data)
+    env = dict(RECIPE="demo", DATASET="notes_sp320", VOCAB_SIZE="320", MAX_WALLCLOCK_SECONDS="0",
+               ITERATIONS="3", TTT_ENABLED="0", SLIDING_ENABLED="0", NUM_LAYERS="2", LOOP_END="1",
+               MODEL_DIM="64", GPTQ_CALIBRATION_BATCHES="2", EVAL_BATCH_SEQS="8",
+               WARMUP_STEPS="1", DATA_DIR=str(data), OUT_DIR=str(tmp_path), RUN_ID="r")
+    folder = data / "datasets/notes_sp320"
+    return SimpleNamespace(
+        env=env, tokenizer=data / "tokenizers/notes_320_bpe.model",
+        train=folder / "notes_train_000000.bin", val=folder / "notes_val_000000.bin")
+
+
+def exchange_tokenizer(notes):
+    """Row 1: a tokenizer of the same size, trained on other text."""
+    words = "quick brown foxes jump over lazy dogs while five boxing wizards watch".split()
+    texts = [" ".join(words[i % 12:] + words[:i % 7]) for i in range(40)]
+    notes.tokenizer.write_bytes(prepare_data.train_tokenizer(texts, 320))
+
+
+def halve_validation(notes):
+    """Row 2: half of the validation shard, with a header that fits."""
+    ids = train_gpt.read_shard(notes.val).tokens
+    write_shard(notes.val, np.array(ids[:len(ids) // 2]))
+
+
+def shorten_validation(notes):
+    """Row 22: data without a manifest whose validation split is too short for one window."""
+    write_shard(notes.val, np.ones(200, int))
+    for name in ("manifest.json", ".lock"):
+        notes.val.with_name(name).unlink()
+
+
+@pytest.mark.parametrize("damage, settings, named", [
+    (exchange_tokenizer, {}, ["notes_320_bpe.model", "SHA-256", "prepare_data.py"]),
+    (halve_validation, {}, ["notes_val_000000.bin", "SHA-256", "prepare_data.py"]),
+    (lambda notes: flip_bit(notes.train, 3000), {}, ["notes_train_000000.bin", "prepare_data.py"]),
+    (lambda notes: flip_bit(notes.val, 2000), {}, ["notes_val_000000.bin", "prepare_data.py"]),
+    (None, dict(WORLD_SIZE="2"), ["WORLD_SIZE=2", "torchrun"]),
+    (shorten_validation, {}, ["notes_val_000000.bin", "200 validation tokens", "SEQ_LEN=256"]),
+    (None, dict(MATRIX_LR="1e30", ITERATIONS="1"), ["MATRIX_LR"]),
+    (None, dict(MATRIX_LR="1e18", ITERATIONS="1"), ["MATRIX_LR"]),
+    (None, dict(TRAIN_SEQ_LEN="1024"), ["TRAIN_SEQ_LEN", "SEQ_LEN"]),
+    (None, dict(TOKENIZER_PATH="x.model"), ["TOKENIZER_PATH", "DATA_DIR"]),
+], ids=["1", "2", "3-train", "3-val", "20", "22", "25", "25-allowed", "26-length", "26-tokenizer"])
+def test_faults_md(notes, tmp_path, monkeypatch, capsys, damage, settings, named):
+    """One line that names the fault and its remedy, exit code 2, no artifact.
+
+    Data are damaged between two starts, the first of which succeeds, and the second ends before its
+    first step.
+    """
+    if damage:
+        code, out, _ = run_main(monkeypatch, capsys, {**notes.env, "STAGES": "train"})
+        assert code == 0 and "manifest=checked" in out
+        damage(notes)
+    code, out, err = run_main(monkeypatch, capsys, {**notes.env, **settings})
+    one_line(err, *named)
+    assert code == 2 and not list(tmp_path.rglob("model.golf"))
+    assert "GPTQ_DAMPING" not in err
+    assert "step n=" not in out or "MATRIX_LR" in settings
+
+
+def test_faults_md_5_a_missing_hessian(make_cfg, make_run, quiet):
+    """Quantization without the Hessian of one matrix raises an error that names the matrix."""
+    run = make_run(make_cfg())
+    names = run.flat.groups["muon"] + run.flat.groups["embed"]
+    hessians = {n: torch.eye(run.flat.shapes[n][1]) for n in names}
+    del hessians["layers.1.mlp.fc.weight"]
+    with pytest.raises(train_gpt.GolfError, match="layers.1.mlp.fc.weight"):
+        train_gpt.quantize_model(run.cfg, run.flat, run.flat.data, hessians, 12.85, quiet)
+
+
+@pytest.mark.parametrize("folder, order", [
+    ("\u00e9t\u00e9", dict(encoding="ascii")), ("not-utf8-\udcff", {})])
+def test_faults_md_21_names_that_cannot_be_encoded(nursery, notes, tmp_path, folder, order):
+    """A folder in e-acute on an ASCII console, or with a name that is not UTF-8, is no obstacle."""
+    assert nursery.run({**notes.env, "OUT_DIR": str(tmp_path / folder)}, **order) == (0, "")
+    [text] = [p.read_text() for p in (tmp_path / folder / "logs").iterdir()]
+    assert "artifact file=" in text and "val_bpb:" in text
+
+
+@pytest.mark.parametrize("redirection, code, printed", [
+    ("2>&-", 0, ""), (">&-", 0, ""), (">/dev/full", 2, "No space left on device")])
+def test_faults_md_23_streams_that_are_closed_or_full(notes, tmp_path, redirection, code, printed):
+    """Without stderr or stdout a run leaves whole files; a full stdout is one line and code 2."""
+    command = f'exec "{sys.executable}" "{PROGRAM}" {redirection}'
+    done = subprocess.run(["sh", "-c", command], env={**clean_environment(), **notes.env},
+                          capture_output=True, text=True)
+    assert done.returncode == code, done
+    if code:
+        one_line(done.stderr, printed)
+    else:
+        assert done.stderr == ""
+        assert all_whole(tmp_path / "runs") == {"checkpoint.golf", "model.golf"}
+        assert "val_bpb:" in (tmp_path / "logs/r.txt").read_text()
+
+
+def test_faults_md_23_a_reader_that_goes_away(tmp_path):
+    """`--help | head -1` prints the first line and nothing on stderr."""
+    command = f'"{sys.executable}" "{PROGRAM}" --help | head -1'
+    done = subprocess.run(["sh", "-c", command], env=clean_environment(), capture_output=True,
+                          text=True, cwd=tmp_path)
+    assert done.stdout.startswith("usage:") and done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
+def test_faults_md_26_names_of_other_programs(notes, monkeypatch, capsys):
+    """An exported MODEL_DIR, which resembles MODEL_DIM, stops nothing."""
+    env = {**notes.env, "MODEL_DIR": "/models", "STAGES": "train"}
+    assert run_main(monkeypatch, capsys, env)[0] == 0
+
+
+def test_faults_md_29_windows(notes, monkeypatch, capsys):
+    """On Windows one line names the remedy."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        code = train_gpt.main()
+    err = capsys.readouterr().err
+    one_line(err, "Windows", "WSL")
+    assert code == 2
+
+
+def test_faults_md_31_overtime(notes, tmp_path, monkeypatch, capsys):
+    """A run that took too long is quantized and scored; log and final block name the clock."""
+    # The machine stalls for 40 s before each reading of the clock.
+    stalls = iter(range(40, 4000, 40))
+    monkeypatch.setattr(train_gpt.Clock, "elapsed", lambda clock: next(stalls))
+    env = {**notes.env, "MAX_WALLCLOCK_SECONDS": "90", "ITERATIONS": "100000"}
+    code, out, err = run_main(monkeypatch, capsys, env)
+    assert (code, err) == (0, "")
+    events = [parse_line(line) for line in out.splitlines()]
+    [over] = [v for e, v in events if e == "overtime"]
+    assert over["clock"] == "data" and float(over["seconds"]) > float(over["limit_s"]) == 90
+    block = dict(line.split(":", 1) for line in out.split("---\n")[1].splitlines())
+    assert float(block["val_bpb"]) > 0 and (tmp_path / "runs/r/model.golf").is_file()
+    assert re.fullmatch(r"\W+0 \(data clock: [\d.]+ s of 90 s\)\W?", block["counts"])
+
+
+def test_faults_md_32_calibration_that_a_slow_machine_cannot_afford(notes, monkeypatch, capsys):
+    """64 batches of 2.93 s in a budget of 90 s: as many as fit in a fifth of it, with a note."""
+    monkeypatch.setattr(train_gpt, "median_seconds", lambda dist, times, work: 187.7 / 64)
+    env = {**notes.env, "MAX_WALLCLOCK_SECONDS": "90", "STAGES": "train,quantize",
+           "GPTQ_CALIBRATION_BATCHES": "64"}
+    code, out, err = run_main(monkeypatch, capsys, env)
+    assert (code, err) == (0, "")
+    events = [parse_line(line) for line in out.splitlines()]
+    assert [v["text"] for e, v in events if e == "note" and "5 of 64 batches" in v["text"]]
+    assert [v["batches"] for e, v in events if e == "hessians"] == ["5"]

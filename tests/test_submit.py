@@ -1,7 +1,5 @@
-"""Tests of submit.py: every verdict both ways, damaged logs, the files it writes, the statistics.
-
-Logs are made here: `own_log` in the format of train_gpt.py, `public_log` in that of public entries.
-"""
+"""Tests of submit.py: every verdict both ways, damaged logs, files, pictures, the statistics."""
+import functools
 import hashlib
 import json
 import math
@@ -25,7 +23,7 @@ DATA = dict(fineweb10B_sp8192=(40_540_160, 151_078_222), openmix_sp8192=(1_048_5
             fineweb10B_sp1024=(62_021_632, 151_080_363))
 KINDS = dict(c_q=196_000, c_k=98_000, c_v=98_000, proj=196_000)
 README = (f"# A title\n\nText before.\n\n{submit.BEGIN}\nold\n{submit.END}\n\n"
-          "## How it works\n\n![a picture](x.svg)\nWell.\n")
+          "## How it works\n\n![a picture](x.svg)\nWell.\n\n## Libraries, CREDITS\n\nThanks.\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -71,6 +69,7 @@ def chunks(targets: int, bpb: str) -> list[str]:
     return lines
 
 
+@functools.cache
 def own_log(seed: int, dataset: str = "fineweb10B_sp8192", device: str = "NVIDIA H100 80GB HBM3",
             world: int = 8, code: bytes = CODE) -> str:
     """Return a good log of train_gpt.py."""
@@ -84,11 +83,11 @@ def own_log(seed: int, dataset: str = "fineweb10B_sp8192", device: str = "NVIDIA
     curve = [f"step n={n}/20000 train_loss={2.7 + 6 / (1 + n / 40) + seed % 7 * 0.01:.8f} "
              f"lr_scale=1 step_ms=130 tokens_per_s=6000000 elapsed_s={0.13 * n:g}"
              for n in (1, *range(50, steps, 50), steps)]
-    curve.insert(33, f"loop_on n={1601 + seed % 5} frac=0.35 encoder=0,1,2 decoder=1,2,3")
+    curve.insert(33, f"loop_on n={1601 + seed % 5} frac=0.35 elapsed_s=208.13 encoder=0,1,2 "
+                 "decoder=1,2,3")
     return "\n".join([
         f'run program=train_gpt.py python=3.12.3 torch=2.11.0+cu130 device="{device}" '
         f'world={world} code_bytes={len(code)} code_sha256={digest} '
-        f'command="SEED={seed} python train_gpt.py" '
         "started=2026-11-20T10:00:00Z stages=train,quantize,eval",
         f'config group=run recipe=pr1876 *seed={seed} run_id="" stages=train,quantize,eval',
         f"config group=data data_dir=data dataset={dataset} loader=coprime seq_len=2048",
@@ -97,10 +96,10 @@ def own_log(seed: int, dataset: str = "fineweb10B_sp8192", device: str = "NVIDIA
         "config group=training max_wallclock_seconds=600 train_batch_tokens=786432 adam_eps=1e-08",
         "config group=quantization matrix_bits=6 embed_bits=8",
         "config group=scoring ttt_epochs=3 ttt_lr=0.005 eval_wallclock_seconds=600",
-        "attention backend=cudnn",
-        "model params=9999999",
-        "group name=vectors optimizer=adamw tensors=18 params=20",
-        f"data split=train dataset={dataset} files=80 tokens=8000000000 sha256={'ab' * 32}",
+        "model params=9999999 kernels=1 attention=sdpa",
+        "group name=scalar optimizer=adamw tensors=18 params=20",
+        f"data split=train dataset={dataset} files=80 tokens=8000000000 documents=9000000 "
+        f"sha256={'ab' * 32} manifest=checked",
         "warm_up graph=plain seconds=31.2 step_ms=101.2",
         "budget train_s=595 reserve_s=5 limit_s=600 expected_steps=4550",
         *curve,
@@ -116,8 +115,10 @@ def own_log(seed: int, dataset: str = "fineweb10B_sp8192", device: str = "NVIDIA
         f"artifact file=runs/s{seed}/model.golf {size} limit_bytes=16000000 "
         f"sha256={hashlib.sha256(model).hexdigest()}",
         "warm_up graph=scoring seconds=2",
-        f"data split=val dataset={dataset} files=1 tokens=40540800 sha256={'cd' * 32}",
-        f"validation targets={DATA[dataset][0]} target_bytes={DATA[dataset][1]}",
+        f"data split=val dataset={dataset} files=1 tokens=40540800 documents=50000 "
+        f"sha256={'cd' * 32} manifest=checked",
+        'note text="nothing of note, 100 % \\"quoted\\""',
+        f"validation targets={DATA[dataset][0]} text_bytes={DATA[dataset][1]}",
         *passes(seed, dataset),
         "---",
         f"val_bpb:          {final['val_bpb']}",
@@ -128,34 +129,6 @@ def own_log(seed: int, dataset: str = "fineweb10B_sp8192", device: str = "NVIDIA
         "eval_seconds:     420.5",
         f"steps:            {steps}",
         f"seed:             {seed}"]) + "\n"
-
-
-def public_log(seed: int, gptq_s: float = 11.5, ttt_loss: float = 2.79182) -> str:
-    """Return a good log in the format of #1493, with figures of our own."""
-    targets, size = DATA["fineweb10B_sp8192"]
-    lines = ["Hyperparameters:", "  adam_eps: 1e-08",
-             "  datasets_dir: ./data/datasets/fineweb10B_sp8192", "  etlb_enabled: False",
-             "  eval_seq_len: 2048", "  max_wallclock_seconds: 600.0",
-             f"  run_id: ours-{seed}", f"  seed: {seed}", "  train_batch_tokens: 786432",
-             "  vocab_size: 8192", "  world_size: 8", "train_shards: 80", f"val_tokens: {targets}",
-             "model_params:35944536", "gptq:reserving 12s, effective=588000ms", "warmup_step: 1/20",
-             "0/20000 val_loss: 9.0081 val_bpb: 3.4874",
-             "1/20000 train_loss: 9.0081 train_time: 0.0m tok/s: 7600000",
-             "500/20000 train_loss: 3.3312 train_time: 0.9m tok/s: 7612345",
-             "layer_loop:enabled step:2010 frac:0.350 encoder:[0, 1, 2] decoder:[1, 2, 3]",
-             "stopping_early: wallclock_cap train_time: 588031ms step: 4541/20000",
-             "ema:applying EMA weights"]
-    losses = {"pre-quantization post-ema": 2.8065, "quantized": 2.8391,
-              "quantized_sliding_window": 2.79701, "quantized_ttt": ttt_loss + seed * 1e-6}
-    told = [f"{name} val_loss:{loss:.8f} val_bpb:{loss / math.log(2) * targets / size:.8f} "
-            f"eval_time:{100_000 + seed}ms" for name, loss in losses.items()]
-    return "\n".join([
-        *lines, told[0], "Serialized model: 135431033 bytes", "Code size: 16594 bytes",
-        "GPTQ:collecting Hessians from calibration data...",
-        f"GPTQ:collected 67 Hessians in {gptq_s}s",
-        f"Serialized model quantized+brotli: {15970000 + seed} bytes",
-        f"Total submission size quantized+brotli: {15986594 + seed} bytes", *told[1:3],
-        "ttt:start chunks=1238 ttt_lr=0.005 ttt_epochs=3", told[3]]) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -235,84 +208,89 @@ def move(pattern: str, before: str):
 def test_good_logs_pass_every_rule(logs):
     """Three good logs with their files pass all there is."""
     found = judged(*(own_log(seed) for seed in SEEDS))
-    assert {k: v.sentence for k, v in found.items() if v.state != "PASS"} == {}
+    assert {k: v.finding for k, v in found.items() if v.state != "PASS"} == {}
     assert run(*logs, "--no-plots") == 0
 
 
-BAD = [     # rule, change that breaks it, what the sentence must name
-    ("log_complete", everywhere("^ledger .*\n", ""), "log0.txt has no ledger line"),
-    ("log_complete", edit(r"^data_closed .*\n", ""), "data_closed"),
-    ("log_complete", edit(r"\Z", "attention backend=math\n"), "end"),
-    ("log_complete", edit(r"^---(.|\n)*", ""), "result"),
-    ("same_code", edit("code_sha256=.", "code_sha256=x", 1), "2 programs"),
+BAD = [     # rule, change that breaks it, reason
+    ("log_complete", everywhere("^ledger .*\n", ""), "log0.txt: no ledger line"),
+    ("log_complete", edit(r"^data_closed .*\n", "", 1), "log1.txt: no data_closed line"),
+    ("log_complete", edit(r"\Z", "model params=1\n"), "goes on after its final block"),
+    ("log_complete", edit(r"^---(.|\n)*", ""), "no result line"),
+    ("same_code", edit("code_sha256=.", "code_sha256=x", 1), "code_sha256 is .* and x"),
     ("same_code", edit(r" code_bytes=\d+", " code_bytes=16630", 2), "16630"),
-    ("shipped_code", everywhere("code_sha256=.", "code_sha256=x"), "another program"),
-    ("shipped_code", everywhere(r" code_bytes=\d+", " code_bytes=9"), "ran 9 bytes"),
-    ("shipped_code", edit("^attention", f"packed code_bytes=9 code_sha256={'0' * 64}\nattention"),
-     "readable"),
+    ("same_code", everywhere("code_sha256=.", "code_sha256=x"), "code_sha256 is .* and x"),
+    ("same_code", everywhere(r" code_bytes=\d+", " code_bytes=9"), "code_bytes is 82 and 9"),
     ("same_settings", edit(r"ttt_lr=0\.005", "ttt_lr=0.006", 1), r"ttt_lr is 0\.005 and 0\.006"),
-    ("same_settings", edit(" loader=coprime", "", 2), "loader"),
-    ("three_seeds", lambda t: t[:2], "2 of 3"),
-    ("three_seeds", lambda t: [t[0], t[0], t[2]], "twice"),
-    ("three_seeds", lambda t: [t[0], t[0].replace("seed=42", "seed=43"), t[2]], "2 artifacts"),
-    ("same_data", edit("sha256=(ab)+", "sha256=00", 1), "train"),
-    ("same_data", edit("sha256=(cd)+", "sha256=00", 1), "val"),
-    ("same_data", edit("files=80", "files=79", 1), "79 and 80"),
+    ("same_settings", edit(" loader=coprime", "", 2), r"loader is \(not listed\) and coprime"),
+    ("three_seeds", lambda t: t[:2], "2 of 3 seeds: 42, 314"),
+    ("three_seeds", lambda t: [t[0], t[0], t[2]], "twice in 42, 42, 999"),
+    ("three_seeds", lambda t: [t[0], t[0].replace("seed=42", "seed=43"), t[2]], "same artifact"),
+    ("same_data", edit("sha256=(ab)+", "sha256=00", 1), "sha256 is 00 and abab"),
+    ("same_data", edit("sha256=(cd)+", "sha256=00", 1), "sha256 is 00 and cdcd"),
+    ("same_data", edit("files=80", "files=79", 1), "files is 79 and 80"),
     ("hardware_named", edit("H100 80GB HBM3", "A100", 1), "A100"),
-    ("hardware_named", edit("world=8", "world=4", 1), "4 x"),
-    ("train_under_600s", edit(r"^(train_end .* elapsed_s)=\S+", r"\1=600.2", 2), r"600\.2 s.*log2"),
+    ("hardware_named", edit("world=8", "world=4", 1), "world is 4 and 8"),
+    ("arithmetic", edit("^seed: ", "counts: 0 (data clock: 601.5 s of 600 s)\\nseed: "),
+     r"log0.txt: the run does not count.*: 0 \(data clock: 601.5 s of 600 s\)"),
+    ("train_under_600s", edit(r"^(train_end .* elapsed_s)=\S+", r"\1=600.2", 2),
+     r"log2.txt: 600\.2 s of 600 s"),
     ("train_under_600s", everywhere("max_wallclock_seconds=600", "max_wallclock_seconds=240"),
      "of 240 s"),
     ("data_under_600s", edit(r"^(data_closed .* elapsed_s)=\S+", r"\1=600.1"), r"600\.1 s"),
-    ("data_under_600s", move("data split=train", "artifact"), "after closing"),
+    ("no_pre_quant_ttt", move("data split=train", "artifact"), "after it was closed"),
     ("eval_under_600s", edit(r"^(eval name=ttt .* clock_s)=\S+", r"\1=610.3"), r"610\.3 s"),
     ("clocks_add_up", edit(r"^(eval name=sliding .* seconds)=\S+", r"\1=400"), "the clock reads"),
     ("clocks_add_up", edit(r"^(step n=100/.* elapsed_s)=\S+", r"\1=99"), "backwards"),
-    ("scored_once", edit(r"^(ledger name=ttt.*) scored_max=1", r"\1 scored_max=2"), "1 to 2"),
-    ("scored_once", edit(r"^(ledger name=ttt.*) scored_min=1", r"\1 scored_min=0"), "0 to 1"),
-    ("scored_once", edit(r"^(ledger name=sliding targets=)", r"\g<1>5"), "sliding"),
+    ("scored_once", edit(r"^(ledger name=ttt.*) scored_max=1", r"\1 scored_max=2"), "1 to 2 times"),
+    ("scored_once", edit(r"^(ledger name=ttt.*) scored_min=1", r"\1 scored_min=0"), "0 to 1 times"),
+    ("scored_once", edit(r"^(ledger name=sliding targets=)", r"\g<1>5"), "540,540,160 targets"),
     ("scored_once", edit(r"^(eval name=ttt .*)$", r"\1\n\1"), "more than once"),
-    ("scored_once", edit("^score: +ttt", "score: sliding"), "last pass"),
-    ("canonical_totals", everywhere("40540160", "9662464"), "9,662,464"),
-    ("canonical_totals", everywhere("151078222", "176000000"), "176,000,000"),
-    ("arithmetic", edit(r"^(eval name=quantized .* val_bpb=)1\.\d\d", r"\g<1>1.01"), "quantized"),
-    ("arithmetic", edit(" bytes=151078222", " bytes=151078230"), "raw"),
-    ("scored_once", edit("target_bytes=151078222", "target_bytes=151078230"), "raw: 151,078,222"),
-    ("arithmetic", edit(r"seen_tokens=\d", "seen_tokens=9"), "steps of 786432"),
-    ("score_first_ttt", move("update chunk=2/4", "score chunk=2/4"), "update of"),
-    ("score_first_ttt", edit(r"^(update chunk=2.*)$", r"\1\n\1"), "update of"),
-    ("score_first_ttt", edit(r"^(update chunk=2/4 first)=\d+", r"\1=0"), "update of"),
+    ("scored_once", edit("^score: +ttt", "score: sliding"), "not that of the last pass"),
+    ("scored_once", edit("text_bytes=151078222", "text_bytes=151078230"),
+     "raw: .* 151,078,222 of 151,078,230 bytes"),
+    ("canonical_totals", everywhere("40540160", "9662464"), "9,662,464 targets"),
+    ("canonical_totals", everywhere("151078222", "176000000"), "176,000,000 bytes"),
+    ("arithmetic", edit(r"^(eval name=quantized .* val_bpb=)1\.\d\d", r"\g<1>1.01"), "quantized: "),
+    ("arithmetic", edit(" bytes=151078222", " bytes=151078230"), "raw: val_bpb is"),
+    ("arithmetic", edit(r"seen_tokens=\d", "seen_tokens=9"), "steps of 786,432"),
+    ("score_first_ttt", move("update chunk=2/4", "score chunk=2/4"), "not right after the score"),
+    ("score_first_ttt", edit(r"^(update chunk=2.*)$", r"\1\n\1"), "after the last chunk"),
+    ("score_first_ttt", edit(r"^update chunk=2.*\n", ""), "not right after the score"),
+    ("score_first_ttt", edit(r"^(update chunk=2/4 first)=\d+", r"\1=0"), "update of 0"),
     ("score_first_ttt", edit(r"^update chunk=3/4 first=(\d+) last=\d+",
-                             r"update chunk=3/4 first=\1 last=40540160"), "update of"),
-    ("score_first_ttt", edit(r"^(score chunk=4/4) first=\d+", r"\1 first=0"), "unscored"),
+                             r"update chunk=3/4 first=\1 last=40540160"),
+     "not right after the score"),
+    ("score_first_ttt", edit(r"^(score chunk=4/4) first=\d+", r"\1 first=0"), "not chunk 4"),
     ("score_first_ttt", edit(r"^score (chunk=4/4.*) (bpb.*)$", r"score \1 \2\nupdate \1"),
-     "after the last"),
-    ("score_first_ttt", edit(r"^score chunk=4/4.*\n", ""), "after the last|chunks"),
+     "an update after the last"),
+    ("score_first_ttt", edit(r"^score chunk=4/4.*\n", ""), "not chunk 1"),
     ("score_first_ttt", edit("^score chunk=2/4", "score chunk=3/4"), "not chunk 2"),
-    ("score_first_ttt", edit(r"^(score chunk=4/4 .*bpb=1)\.\d\d", r"\1.11"), "come to"),
+    ("score_first_ttt", edit(r"^(score chunk=4/4 .*bpb=1)\.\d\d", r"\1.11"), "the chunks come to"),
+    ("score_first_ttt", edit(r"^(score chunk=4/4 .*last=4)0", r"\g<1>1"), "ends at 41540160"),
     ("score_first_ttt", everywhere(r"^(score|update) .*\n", ""), "no score lines"),
-    ("no_pre_quant_ttt", move("artifact", "ledger"), "before the artifact"),
-    ("no_pre_quant_ttt", move("step n=100", "eval name=quantized"), "step"),
-    ("no_pre_quant_ttt", move("hessians", "eval name=raw"), "hessians"),
+    ("no_pre_quant_ttt", move("artifact", "ledger"), "before the artifact is frozen"),
+    ("no_pre_quant_ttt", move("step n=100", "eval name=quantized"), "a line step after"),
+    ("no_pre_quant_ttt", move("hessians", "eval name=raw"), "a line hessians after"),
     ("no_pre_quant_ttt", edit("^(eval name=raw.*)$", r"\1\nartifact file=x model_bytes=1 "
-                              "code_bytes=1 total_bytes=2 sha256=77"), "new artifact"),
-    ("warm_up_first", move("warm_up graph=scoring", "eval name=raw"), "warms up"),
-    ("artifact_under_16mb", edit(r" total_bytes=\d{4}", " total_bytes=16000001", 1), "16,000,001"),
-    ("bytes_add_up", edit(r"^(artifact .*) total_bytes=\d+", r"\1 total_bytes=999", 1), "999"),
-    ("bytes_add_up", edit(r"^(artifact .*) code_bytes=\d+", r"\1 code_bytes=5", 1), "not"),
-    ("artifact_matches", edit(r"^(artifact .* model_bytes)=\d+", r"\1=77", 1), "77 bytes"),
-    ("artifact_matches", edit(r"^(artifact .* sha256=)..", r"\1zz"), "sha256"),
-    ("block_matches", edit(r"^(val_bpb: +)1\.0", r"\g<1>1.1"), "val_bpb"),
-    ("block_matches", edit(r"^(val_loss: +)2\.7", r"\g<1>2.6"), "val_loss"),
-    ("block_matches", edit(r"^train_seconds: +\S+", "train_seconds: 1"), "train_seconds"),
-    ("block_matches", edit(r"^data_seconds: +\S+", "data_seconds: 1"), "data_seconds"),
-    ("block_matches", edit(r"^eval_seconds: +\S+", "eval_seconds: 400"), "eval_seconds"),
-    ("block_matches", edit(r"^steps: +\S+", "steps: 1"), "steps"),
-    ("block_matches", edit(r"^seed: +\S+", "seed: 1"), "seed"),
-    ("block_matches", edit(r"^(seed: .*)", r"artifact_bytes: 5\n\1"), "artifact_bytes"),
-    ("no_slot", everywhere("ttt_epochs=3", "ttt_epochs=3 slot_steps=5"), "slot_steps=5"),
-    ("no_etlb", everywhere("ttt_epochs=3", "ttt_epochs=3 etlb_enabled=1"), "etlb_enabled=1"),
-    ("no_ngram_cache", everywhere("ttt_epochs=3", "ngram_order=5"), "ngram_order=5"),
+                              "code_bytes=1 total_bytes=2 sha256=77"), "before the artifact"),
+    ("no_pre_quant_ttt", move("warm_up graph=scoring", "eval name=raw"), "a line warm_up after"),
+    ("artifact_under_16mb", edit(r" total_bytes=\d{4}", " total_bytes=16000001", 1),
+     "log1.txt: 16,000,001 bytes of 16,000,000"),
+    ("artifact_under_16mb", edit(r"^(artifact .*) total_bytes=\d+", r"\1 total_bytes=999", 1),
+     "999 b"),
+    ("artifact_under_16mb", edit(r"^(artifact .*) code_bytes=\d+", r"\1 code_bytes=5", 1),
+     "are not"),
+    ("artifact_under_16mb", edit(r"^(artifact .* sha256=)..", r"\1zz", 1),
+     "log1.*s314.*not the artifact"),
+    ("arithmetic", edit(r"^(val_bpb: +)1\.0", r"\g<1>1.1"), "block's val_bpb is 1.1"),
+    ("arithmetic", edit(r"^(val_loss: +)2\.7", r"\g<1>2.6"), "val_loss is 2.6"),
+    ("arithmetic", edit(r"^train_seconds: +\S+", "train_seconds: 1"), "train_seconds is 1"),
+    ("arithmetic", edit(r"^data_seconds: +\S+", "data_seconds: 1"), "data_seconds is 1"),
+    ("arithmetic", edit(r"^eval_seconds: +\S+", "eval_seconds: 400"), "eval_seconds is 400"),
+    ("arithmetic", edit(r"^steps: +\S+", "steps: 1"), "steps is 1"),
+    ("arithmetic", edit(r"^seed: +\S+", "seed: 1"), "seed is 1, its line says 42"),
+    ("arithmetic", edit(r"^(seed: .*)", r"artifact_bytes: 5\n\1"), "artifact_bytes is 5"),
 ]
 
 
@@ -320,7 +298,7 @@ BAD = [     # rule, change that breaks it, what the sentence must name
 def test_a_broken_rule_fails(logs, key, change, named):
     """Each rule fails on logs that break it, and its sentence names what is wrong."""
     found = judged(*change([own_log(seed) for seed in SEEDS]))[key]
-    assert found.state == "FAIL" and re.search(named, found.sentence), found.line
+    assert found.state == "FAIL" and re.search(named, found.finding), found
 
 
 def test_every_rule_has_a_failing_example():
@@ -328,14 +306,36 @@ def test_every_rule_has_a_failing_example():
     assert {key for key, _, _ in BAD} == {rule.key for rule in submit.RULES}
 
 
-def test_undecided(logs):
-    """What files or known totals would decide stays open without them."""
-    Path("runs/s314/model.golf").unlink()
-    found = judged(*(own_log(seed) for seed in SEEDS), code=None)
-    for key in ("shipped_code", "artifact_matches"):
-        assert found[key].state == "NOT DECIDED" and "not here" in found[key].sentence
-    other = judged(*(own_log(s).replace("fineweb10B_sp8192", "notes_sp8192") for s in SEEDS))
-    assert other["canonical_totals"].state == "NOT DECIDED"
+UNDECIDED = [       # rule, change that takes the evidence away, reason
+    ("same_code", None, "packed/train_gpt.py is not here"),
+    ("same_data", everywhere(" manifest=checked", ""), "log0.txt has no manifest"),
+    ("same_data", edit(" manifest=checked", "", 2), "log2.txt has no manifest"),
+    ("canonical_totals", everywhere("fineweb10B_sp8192", "notes_sp8192"), "whose totals"),
+    ("hardware_named", everywhere(" world=8", ""), "log0.txt has no world in its run line"),
+    ("train_under_600s", everywhere("^train_end", "train_stop"), "log0.txt has no train_end line"),
+    ("same_settings", everywhere("^config .*\n", ""), "log0.txt has no seed in its config"),
+]
+
+
+@pytest.mark.parametrize("key, change, reason", UNDECIDED)
+def test_undecided(logs, key, change, reason):
+    """A rule whose evidence is missing is NOT DECIDED, with the reason, and never a PASS."""
+    texts = [own_log(seed) for seed in SEEDS]
+    found = judged(*(change(texts) if change else texts), code=CODE if change else None)[key]
+    assert found.state == "NOT DECIDED" and reason in found.finding, found
+
+
+@pytest.mark.parametrize("found", ["checked", "none"])
+def test_same_data_by_contents(logs, found):
+    """Equal digests of contents pass, and the finding says whether a manifest was checked."""
+    verdict = judged(*(re.sub("manifest=checked", f"manifest={found}", own_log(s)) for s in SEEDS))
+    assert verdict["same_data"].state == "PASS" and f"manifest {found}" in str(verdict["same_data"])
+
+
+def test_an_artifact_that_is_not_at_hand(logs):
+    """Without the artifact's file its logged size decides, and the finding says so."""
+    found = judged(own_log(42).replace("file=runs/s", "file=gone/s"))["artifact_under_16mb"]
+    assert found.state == "PASS" and "not at hand" in found.finding
 
 
 @pytest.mark.parametrize("made, dataset, state", [
@@ -354,17 +354,17 @@ def test_fixed_predictor_needs_no_chunks(logs):
     text = "\n".join(x for x in lines if not re.match("(score|update) |.* name=ttt", x))
     text = text.replace("score:            ttt", "score: sliding")
     found = judged(text)["score_first_ttt"]
-    assert found.state == "PASS" and "fixed" in found.sentence
+    assert found.state == "PASS" and "fixed" in found.finding
 
 
 def test_one_log_by_stages(logs):
     """A log that three processes wrote, one a stage, is as good as one of a single process."""
     text = own_log(42)
-    head = text[:text.index("attention")]
+    head = text[:text.index("model params")]
     text = text.replace("hessians count", head + "hessians count")
     text = text.replace("warm_up graph=scoring", head + "warm_up graph=scoring")
     found = judged(text, own_log(314), own_log(999))
-    assert {k: v.sentence for k, v in found.items() if v.state != "PASS"} == {}
+    assert {k: v.finding for k, v in found.items() if v.state != "PASS"} == {}
     mixed = text[::-1].replace("24=dees", "34=dees", 1)[::-1]
     assert judged(mixed, own_log(314), own_log(999))["three_seeds"].state == "FAIL"
 
@@ -382,7 +382,7 @@ NUMBERS = [      # numbers of a good log that matter: pattern before the number
     r"^data split=train .*files=", r"^data split=val .*files=", r"^train_end steps=",
     r"^train_end .*seen_tokens=", r"^train_end .*elapsed_s=", r"^data_closed .*elapsed_s=",
     r"^artifact .*model_bytes=", r"^artifact .*code_bytes=", r"^artifact .*total_bytes=",
-    r"^validation targets=", r"^validation .*target_bytes=", r"^eval name=ttt val_loss=",
+    r"^validation targets=", r"^validation .*text_bytes=", r"^eval name=ttt val_loss=",
     r"^eval name=ttt .*val_bpb=",
     r"^eval name=ttt .*targets=", r"^eval name=ttt .* bytes=", r"^eval name=ttt .*clock_s=",
     r"^eval name=quantized val_loss=", r"^eval name=raw .*val_bpb=", r"^ledger name=raw targets=",
@@ -394,14 +394,14 @@ NUMBERS = [      # numbers of a good log that matter: pattern before the number
 ]
 
 
-@pytest.mark.parametrize("pattern", NUMBERS)
-def test_an_edited_number_is_noticed(logs, pattern):
+def test_an_edited_number_is_noticed(logs):
     """A digit more in front of any number that matters flips a verdict."""
-    texts = edit(f"({pattern})", r"\g<1>7")([own_log(seed) for seed in SEEDS])
-    assert any(v.state != "PASS" for v in judged(*texts).values())
+    for pattern in NUMBERS:
+        texts = edit(f"({pattern})", r"\g<1>7")([own_log(seed) for seed in SEEDS])
+        assert any(v.state != "PASS" for v in judged(*texts).values()), pattern
 
 
-@examples(25)
+@examples(8)
 @given(st.data())
 def test_any_edit_is_noticed_by_check(logs, data):
     """Whatever digit of a log is changed after publication, --check or a verdict tells."""
@@ -419,37 +419,68 @@ def test_any_edit_is_noticed_by_check(logs, data):
 # Damaged logs
 # ------------------------------------------------------------------------------------------------
 
-DAMAGE = [      # what becomes of a good log: pattern, replacement
-    ("(.|\n)*", ""), ("(.|\n)*", "hello\n"), ("(.|\n)*", "run x\n"), ("(.|\n)*", "\0\1\2"),
-    ("(.|\n)*", "Hyperparameters:\n  seed: 1\n"), (r"(?<=^val_loss: ) +(.|\n)*", "2."),
-    ("(?<=^train_end steps=)", "many"), ("(?<=^train_end steps=)", "-"), ("(?<=val_loss=)", "nan"),
-    ("(?<=elapsed_s=).*", "1e999"), (" world=8", ""), ("(?<=started=)", "../"),
-    (r"(?<=\*seed=)4", "²"), ("^steps: +", "steps: x"), ("n=50/", "n=50"),
-    ("n=50/", "n=" + "9" * 5000 + "/"), ("cudnn", r'"cu\\u0000"'), (" reason=", " steps=4 reason="),
-    ("^seed: ", "artifact_bytes: x\nseed: "), ("^config.*", "Traceback (most recent call last):"),
+DAMAGE = [      # pattern, replacement, the reason in the message
+    ("(.|\n)*", "", "not a log"), ("(.|\n)*", "hello\n", "public_logs.py reads public logs"),
+    ("(.|\n)*", "Hyperparameters:\n  seed: 1\n", "not a log"), ("(.|\n)*", "\0\1\2", "not a log"),
+    ("^steps: +", "steps: x", "not a number"),
+    ("^step n=50/.*", "step n", "line 14: neither an event"),
+    ("(?<=^train_end steps=)", "many", "steps: 'many[0-9]+' is not a number"),
+    ("(?<=^train_end steps=)", "-", "is not a number"), ("(?<=val_loss=)", "nan", "not a number"),
+    ("(?<=elapsed_s=).*", "1e999", "not a number"), ("(?<=started=)", "../", "not a date"),
+    (r"(?<=\*seed=)4", "²", "seed: '²2' is not a number"),
+    ("(?<= last=)", "9" * 5000, "not a number"), ("sdpa", r'"sd\\u0000"', "control"),
+    ("sdpa", r'"\\x"', "not JSON"), (" reason=", " steps=4 reason=", "comes twice"),
+    ("^seed: ", "seed: 4\nseed: ", "comes twice"),
+    ("^config.*", "Traceback (most recent call last):", "line 2: neither an event nor a result"),
 ]
 
 
-@pytest.mark.parametrize("pattern, new", DAMAGE)
-def test_a_damaged_log_is_one_clear_line(logs, capsys, pattern, new):
-    """Text that is no whole log ends in exit code 2 and one line that says where it is damaged."""
+@pytest.mark.parametrize("pattern, new, reason", DAMAGE, ids=range(len(DAMAGE)))
+def test_a_damaged_log_is_one_clear_line(logs, capsys, pattern, new, reason):
+    """Text that is no whole log ends in exit code 2 and one line: file, line, reason."""
     Path("bad.txt").write_text(edit(pattern, new)([own_log(42)])[0])
-    assert run("bad.txt", "--no-plots") == 2
-    assert re.fullmatch("submit: (bad.txt|line [0-9]+)[,:] .*\n", capsys.readouterr().err)
+    assert run("bad.txt") == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch("submit: bad.txt[,:] .*\n", err) and re.search(reason, err), err
 
 
 def test_unreadable_files(logs, capsys):
-    """A missing file, a folder, and bytes that are no text are told by name."""
+    """A missing file, a folder, a FIFO, and bytes that are no text are named in one line."""
     Path("binary.txt").write_bytes(b"run \xff\xfe=1\n")
-    for name in ("missing.txt", "logs", "binary.txt"):
+    os.mkfifo("fifo.txt")
+    for name, reason in (("missing.txt", "No such file"), ("logs", "a folder"),
+                         ("fifo.txt", "a pipe"), ("binary.txt", "not UTF-8")):
         assert run(name) == 2
-        assert re.fullmatch(f"submit: {name}: .*\n", capsys.readouterr().err)
+        err = capsys.readouterr().err
+        assert err.startswith(f"submit: {name}: ") and reason in err and err.count("\n") == 1
 
 
-@examples(150)
-@given(st.sampled_from([own_log(42), public_log(42)]), st.data())
-def test_mutated_logs_never_give_a_traceback(logs, text, data):
+def test_a_byte_order_mark_and_other_line_ends(logs):
+    """A log that an editor has saved with a byte-order mark and CRLF gets the same verdicts."""
+    text = "\ufeff" + own_log(42).replace("\n", "\r\n")
+    found = judged(text, own_log(314), own_log(999))
+    assert {v.state for v in found.values()} == {"PASS"}
+
+
+@pytest.mark.parametrize("redirect, encoding, code, error", [
+    (">/dev/full", "utf-8", 2, "No space left"), (">&-", "utf-8", 0, ""), ("2>&-", "utf-8", 0, ""),
+    ("| head -c 9", "utf-8", 0, ""), ("", "ascii", 0, "")])
+def test_streams_that_are_full_closed_or_ascii(logs, redirect, encoding, code, error):
+    """Whatever the standard streams are: no traceback, and files unless the exit code is 2."""
+    command = f"{sys.executable} {submit.__file__} {' '.join(logs)} --no-plots {redirect}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == code and error in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == bool(error)
+    if done.returncode == 0 and not redirect.startswith("|"):
+        assert json.loads(Path("submission.json").read_text())["seeds"] == list(SEEDS)
+
+
+@examples(30)
+@given(st.data())
+def test_mutated_logs_never_give_a_traceback(logs, data):
     """Whatever happens to a log, the command ends with an exit code, not with an exception."""
+    text = own_log(42)
     for _ in range(data.draw(st.integers(1, 3))):
         start = data.draw(st.integers(0, len(text)))
         end = min(len(text), start + data.draw(st.sampled_from([0, 1, 1, 2, 5, 40, 400])))
@@ -465,11 +496,11 @@ def test_mutated_logs_never_give_a_traceback(logs, text, data):
     assert run(*argv) in (0, 1, 2)
 
 
-@examples(150)
-@given(st.sampled_from([own_log(42), public_log(42)]), st.data())
-def test_rearranged_logs_never_give_a_traceback(logs, text, data):
+@examples(30)
+@given(st.data())
+def test_rearranged_logs_never_give_a_traceback(logs, data):
     """Nor do lines lost, doubled or moved, keys lost, and numbers replaced by others."""
-    lines = text.split("\n")
+    lines = own_log(42).split("\n")
     some = st.integers(0, len(lines) - 1)
     kinds = st.sampled_from(["lose", "double", "move", "key", "number"])
     for kind in data.draw(st.lists(kinds, max_size=4)):
@@ -489,7 +520,7 @@ def test_rearranged_logs_never_give_a_traceback(logs, text, data):
     assert run(*argv, "--no-plots", "--baseline", "pr1493") in (0, 1, 2)
 
 
-@examples(8)
+@examples(3)
 @given(st.data())
 def test_pictures_of_mutated_logs_never_give_a_traceback(logs, data):
     """Nor do the pictures, of figures that are numbers but make no sense."""
@@ -504,132 +535,34 @@ def test_pictures_of_mutated_logs_never_give_a_traceback(logs, data):
 
 
 # ------------------------------------------------------------------------------------------------
-# Public logs
-# ------------------------------------------------------------------------------------------------
-
-def test_good_public_logs(logs, capsys):
-    """Good public logs break no rule; what their format cannot tell stays open, with the reason."""
-    found = judged(*(public_log(seed) for seed in SEEDS), code=None)
-    assert "FAIL" not in {v.state for v in found.values()}
-    assert {k for k, v in found.items() if v.state == "PASS"} >= {
-        "log_complete", "same_settings", "three_seeds", "train_under_600s", "data_under_600s",
-        "eval_under_600s", "canonical_totals", "arithmetic", "artifact_under_16mb", "bytes_add_up",
-        "no_slot", "no_etlb", "no_ngram_cache"}
-    assert "which tokens" in found["score_first_ttt"].sentence
-    for i, seed in enumerate(SEEDS):
-        Path(f"p{i}.txt").write_text(public_log(seed))
-    before = sorted(Path().rglob("*"))
-    assert run("p0.txt", "p1.txt", "p2.txt", "--baseline", "pr1493") == 0
-    assert "Welch" in capsys.readouterr().out and sorted(Path().rglob("*")) == before
-    assert run("p0.txt", "--check") == 2 and run("p0.txt", "--folder", "X") == 2
-
-
-BAD_PUBLIC = [      # rule, change that breaks it, what the sentence must name
-    ("log_complete", everywhere(r"^(Total sub|Serialized model q|Code).*\n", ""), "artifact"),
-    ("log_complete", edit(r"^stopping_early.*\n", ""), "train_end"),
-    ("same_code", edit("Code size: 16594", "Code size: 16630"), "16594 and 16630"),
-    ("same_settings", edit("  adam_eps: 1e-08", "  adam_eps: 1\n  ttt_hash_embed: 1"), "adam_eps"),
-    ("three_seeds", lambda t: t[:2], "2 of 3"),
-    ("data_under_600s", edit(r"in 11\.5s", "in 12.7s"), r"600\.7"),
-    ("train_under_600s", edit("588031ms", "601153ms"), r"601\.153"),
-    ("eval_under_600s", edit(r"^(quantized_ttt.*):1\d+ms", r"\1:500000ms"), "700"),
-    ("canonical_totals", everywhere("^val_tokens: .*", "val_tokens: 9662464"), "9,662,464"),
-    ("canonical_totals", edit(r"^(quantized_ttt .*val_bpb:)1\.0", r"\g<1>1.2"), "scores"),
-    ("arithmetic", edit(r"^(quantized_sliding.*val_bpb:1\.\d\d)\d", r"\g<1>0"), "sliding"),
-    ("artifact_under_16mb", edit(r"^(Total.*): 159", r"\1: 160"), "16,0"),
-    ("bytes_add_up", edit(r"^(Total.*: 159)8", r"\g<1>7"), "are not"),
-    ("no_etlb", everywhere("etlb_enabled: False", "etlb_enabled: True"), "etlb_enabled=True"),
-]
-
-
-@pytest.mark.parametrize("key, change, named", BAD_PUBLIC)
-def test_bad_public_logs(logs, key, change, named):
-    """Known faults of public logs are found in their own format."""
-    found = judged(*change([public_log(seed) for seed in SEEDS]), code=None)[key]
-    assert found.state == "FAIL" and re.search(named, found.sentence), found.line
-
-
-def test_older_public_spellings(logs):
-    """The spellings of older entries are read, and windows that score a tail twice are found."""
-    targets, size = DATA["fineweb10B_sp1024"]
-    bpb = [f"{2.3 / math.log(2) * targets / s:.8f}" for s in (size, size + 60_000)]
-    text = "\n".join([
-        "  data_path: ./data/datasets/fineweb10B_sp1024", "  seed: 7", "  train_seq_len: 2048",
-        f"val_tokens: {targets}",
-        "step:500/20000 train_loss:3.1 train_time:43000ms step_avg:86.00ms",
-        f"final_int6_roundtrip_exact val_loss:2.30000000 val_bpb:{bpb[0]}",
-        f"final_int6_sliding_window_exact val_loss:2.30000000 val_bpb:{bpb[1]}",
-        "Total submission size int6+lzma: 15973962 bytes"])
-    found = judged(text, code=None)
-    assert found["arithmetic"].state == "FAIL" and found["canonical_totals"].state == "FAIL"
-    assert found["artifact_under_16mb"].state == "PASS" and found["log_complete"].state == "FAIL"
-    assert submit.read_log(Path("log0.txt")).last("step").number("elapsed_s") == 43
-
-
-def test_public_logs_against_a_named_program(logs, capsys):
-    """--packed names the program of public logs; another size fails, an equal one is no proof."""
-    Path("p.txt").write_text(public_log(42))
-    Path("wrapped.py").write_bytes(b"x" * 16594)
-    for path, state in (("packed/train_gpt.py", "FAIL"), ("wrapped.py", "NOT DECIDED")):
-        run("p.txt", "--packed", path)
-        assert re.search(f"^{state} +it is the file submitted", capsys.readouterr().out, re.M)
-    assert run("p.txt", "--packed", "missing.py") == 2
-
-
-# ------------------------------------------------------------------------------------------------
 # Significance
 # ------------------------------------------------------------------------------------------------
 
-def test_student_tail_in_closed_form():
-    """The tail of Student's t equals its closed forms for 1, 2, 3 and 4 degrees of freedom."""
-    for t in (0.0, 0.01, 0.5, 1.0, 1.746, 4.0, 6.87, 30.0, 1e4):
-        closed = {
-            1: 0.5 - math.atan(t) / math.pi,
-            2: 0.5 - t / (2 * math.sqrt(2 + t * t)),
-            3: 0.5 - (t / math.sqrt(3) / (1 + t * t / 3) + math.atan(t / math.sqrt(3))) / math.pi,
-            4: 0.5 - 3 / 8 * (s := t / math.sqrt(1 + t * t / 4)) * (1 - s * s / 12 / (1 + 0 * t)),
-        }
-        for df, p in closed.items():
-            assert submit.student_tail(t, df) == pytest.approx(p, rel=1e-6, abs=1e-13)
-            assert submit.student_tail(-t, df) == pytest.approx(1 - p, rel=1e-12)
-
-
-@pytest.mark.parametrize("t, df, p", [
-    (1.812461, 10, 0.05), (2.763769, 10, 0.01), (2.364624, 7, 0.025),
-    (1.697261, 30, 0.05), (2.581, 1000, 0.005), (636.6192, 1, 0.0005)])
-def test_student_tail_in_tables(t, df, p):
-    """Printed tables of the t distribution agree."""
-    assert submit.student_tail(t, df) == pytest.approx(p, rel=1e-3)
-
-
-def test_published_comparisons():
-    """Published tests come out: #1876 against #1493, plain and with margin; #1307's p for its t."""
+def test_published_comparison():
+    """#1876 against #1493 comes out as published: t = -1.74, p = 0.106, and 0.91 with margin."""
     ours, theirs = list(submit.PRESETS["pr1876"]), submit.PRESETS["pr1493"]
     plain = submit.compare(ours, theirs)
-    assert (round(plain.t, 2), round(plain.p, 3)) == (-1.74, 0.106)
-    assert round(submit.compare(ours, theirs, 0.001936).p, 2) == 0.91
-    low, high = (submit.student_tail(6.87, df) for df in (4, 3))
-    assert low < 0.0018 < high
-    assert submit.student_tail(6.87, 3.5) == pytest.approx(0.0018, abs=1e-4)
+    assert (round(plain["t"], 2), round(plain["p"], 3)) == (-1.74, 0.106)
+    assert round(submit.compare(ours, theirs, 0.001936)["p"], 2) == 0.91
 
 
-def test_degenerate_tests():
-    """Equal seeds, one number and too few seeds have answers too."""
-    assert submit.compare([1.0, 1.0], (2.0, 2.0)).p == 0
-    assert submit.compare([2.0, 2.0], (1.0,)).p == 1
-    assert submit.compare([1.0, 1.0], (1.0, 1.0)).p == 0.5
+def test_a_single_number_is_a_constant():
+    """A published mean is tested as a constant; one seed, or equal ones, admit no test."""
     one = submit.compare([1.0, 1.1, 1.2], (1.2,))
-    assert one.df == pytest.approx(2) and one.t == pytest.approx(-0.1 / (0.1 / math.sqrt(3)))
-    with pytest.raises(submit.Undecided):
-        submit.compare([1.0], (1.0, 1.1))
+    assert one["df"] == 2 and one["t"] == pytest.approx(-math.sqrt(3))
+    for ours, reason in (([1.0], "two seeds"), ([1.0, 1.0], "that differ")):
+        with pytest.raises(submit.Undecided, match=reason):
+            submit.compare(ours, (1.0,))
 
 
-def test_margin_in_bits_per_byte(logs):
+@pytest.mark.parametrize("dataset, margin", [("fineweb10B_sp8192", 0.001936),
+                                             ("fineweb10B_sp1024", 0.00296)])
+def test_margin_in_bits_per_byte(tmp_path, monkeypatch, dataset, margin):
     """0.005 nats per token are 0.001936 bits per byte on sp8192 and 0.00296 on sp1024."""
-    for dataset, margin in (("fineweb10B_sp8192", 0.001936), ("fineweb10B_sp1024", 0.00296)):
-        Path("x.txt").write_text(own_log(42, dataset=dataset))
-        log = submit.read_log(Path("x.txt"))
-        assert submit.margin_bpb(log) == pytest.approx(margin, abs=5e-6)
+    monkeypatch.chdir(tmp_path)
+    logs = [submit.read_log(Path(name)) for name in fill(tmp_path, dataset=dataset)]
+    theirs = dict(baseline="b", baseline_data=dataset, baseline_val_bpb=[1.1, 1.2])
+    assert submit.comparison(logs, theirs)["margin_bpb"] == pytest.approx(margin, abs=5e-6)
 
 
 def test_baseline_on_the_command_line(logs, capsys):
@@ -640,10 +573,9 @@ def test_baseline_on_the_command_line(logs, capsys):
     found = json.loads(Path("submission.json").read_text())["comparison"]
     assert found["baseline_val_bpb"] == list(submit.PRESETS["pr1493"])
     assert found["plain"]["p"] < found["margin"]["p"] <= 1
-    assert "| pr1493, 3 seeds | 1.08100 ± 0.00020 |" in Path("README.md").read_text()
+    assert "| pr1493 (n = 3) | 1.08100 ± 0.00020 |" in Path("README.md").read_text()
     assert run(*logs, "--no-plots", "--check") == 0
     assert run(*logs, "--no-plots", "--check", "--baseline", "pr1855") == 1
-    assert run(*logs, "--no-plots", "--baseline", "1.0810", "1.0810", "1.0812") == 0
     assert run(*logs, "--no-plots", "--baseline", "none") == 0
     assert "comparison" not in json.loads(Path("submission.json").read_text())
 
@@ -673,7 +605,6 @@ def test_submission_json(logs):
     assert run(*logs, "--no-plots", *argv) == 0
     text = Path("submission.json").read_text()
     found = json.loads(text)
-    assert submit.to_json(found).decode() == text
     bpb = [float(re.search(r"^val_bpb: +(\S+)", own_log(s), re.M)[1]) for s in SEEDS]
     mean = sum(bpb) / 3
     std = math.sqrt(sum((b - mean) ** 2 for b in bpb) / 2)
@@ -693,23 +624,32 @@ def test_submission_json(logs):
     assert Path("submission.json").read_text() == text
 
 
+def test_published_numbers_are_those_of_the_published_logs(monkeypatch):
+    """submission.json and the table of this project's README follow from the logs beside them."""
+    monkeypatch.chdir(Path(submit.__file__).parent)
+    logs = sorted(Path("logs").glob("p1_*.txt"))
+    assert run(*logs, "--packed", "logs/packed_train_gpt.py", "--no-plots", "--check") == 0
+
+
 def test_check_writes_nothing_and_notices(logs, capsys):
-    """--check passes right after writing, and fails once a file is gone, edited or stale."""
+    """--check passes right after writing, and names every file that is gone, edited or stale."""
     assert run(*logs, "--check") == 1
     assert not Path("submission.json").exists() and not Path("logs/curve.svg").exists()
-    assert run(*logs) == 0 and run(*logs, "--check") == 0
-    for name, old, new in (("submission.json", '"val_bpb": 1', '"val_bpb": 2'),
-                           ("README.md", "| 42 |", "| 43 |"), ("logs/bytes.svg", "<svg", "<svg "),
-                           ("logs/curve.svg", "</svg>", "</svg><!-- x -->")):
-        text = Path(name).read_text()
-        Path(name).write_text(text.replace(old, new, 1))
+    assert run(*logs) == 0
+    edits = {"submission.json": ('"val_bpb": 1', '"val_bpb": 2'), "README.md": ("| 42 |", "| 43 |"),
+             "logs/bytes.svg": ("<svg", "<svg "), "logs/curve.svg": ("</svg>", "</svg><!-- -->")}
+    for name, (old, new) in edits.items():
+        Path(name).write_text(Path(name).read_text().replace(old, new, 1))
+    capsys.readouterr()
+    assert run(*logs, "--check") == 1
+    out = capsys.readouterr().out
+    assert sorted(out.split("out of date: ")[1].strip().split(", ")) == sorted(edits)
+    for name in ("submission.json", "logs/bytes.svg", "logs/curve.svg"):
+        assert run(*logs) == 0
+        Path(name).unlink()
         capsys.readouterr()
         assert run(*logs, "--check") == 1
-        assert f"{name} differs" in capsys.readouterr().out
-        Path(name).unlink()
-        assert run(*logs, "--check") == 1 and f"{name} is missing" in capsys.readouterr().out
-        Path(name).write_text(text)
-    assert run(*logs, "--check") == 0
+        assert capsys.readouterr().out.endswith(f"missing or out of date: {name}\n")
 
 
 def test_table_between_markers(logs, capsys):
@@ -719,8 +659,9 @@ def test_table_between_markers(logs, capsys):
     head, rest = README.split(submit.BEGIN)[0], README.split(submit.END)[1]
     assert text.startswith(head + submit.BEGIN) and text.endswith(submit.END + rest)
     rows = [line for line in text.split("\n") if line.startswith("|")]
-    assert rows[0] == "| seed | val_bpb | val_loss | artifact bytes | steps | train s | eval s |"
-    assert len(rows) == 6 and all(row.count("|") == 8 for row in rows)
+    assert rows[0] == ("| seed | val_bpb | val_loss | ema | quantized | sliding | artifact_bytes "
+                       "| steps | train_time_s | eval_time_s |")
+    assert len(rows) == 6 and all(row.count("|") == 11 for row in rows)
     assert rows[2].startswith("| 42 | 1.08") and rows[-1].startswith("| mean ± std | **1.08")
     for bad in (README.replace(submit.END, ""), README + submit.BEGIN, "no markers\n"):
         Path("README.md").write_text(bad)
@@ -732,7 +673,7 @@ def test_failing_rules_are_told_and_block_the_folder(logs, capsys):
     """A failing rule gives exit code 1, false in the compliance, and no folder."""
     assert run(*logs[:2], "--no-plots", "--folder", "Short") == 1
     assert json.loads(Path("submission.json").read_text())["compliance"]["three_seeds"] is False
-    assert "no folder: three seeds" in capsys.readouterr().out
+    assert "no 2026-11-20_Short: a rule fails" in capsys.readouterr().out
     assert not list(Path().glob("*Short*")) and not list(Path().glob(".*Short*"))
 
 
@@ -760,7 +701,8 @@ def test_record_folder(logs, capsys):
     readme = (folder / "README.md").read_text()
     assert readme.startswith("# ") and "s314.txt" not in readme and "x.svg" not in readme
     assert "SEED=314 torchrun --standalone --nproc_per_node=8 train_gpt.py" in readme
-    assert "## How it works\n\nWell." in readme and "PASS: three seeds" in readme
+    assert "## How it works\n\nWell." in readme and "* PASS         Three seeds" in readme
+    assert "## Libraries, CREDITS\n\nThanks." in readme
     assert run(*logs, "--no-plots", "--folder", "CoprimeLoader") == 2
     assert "exists" in capsys.readouterr().err
     assert run(*logs, "--no-plots", "--folder", "../bad name") == 2
@@ -780,6 +722,18 @@ def test_other_data_or_hardware_is_no_record(tmp_path, monkeypatch, made):
     assert found["blurb"] in Path("README.md").read_text()
 
 
+def test_a_folder_needs_credits_and_keeps_the_license(logs, capsys):
+    """Without a section of credits there is no folder; a LICENSE goes into it."""
+    Path("LICENSE").write_text("Do.\n")
+    Path("README.md").write_text(README.replace("CREDITS", "thanks"))
+    before = sorted(Path().rglob("*"))
+    assert run(*logs, "--no-plots", "--folder", "Mine") == 2
+    assert "credits" in capsys.readouterr().err and sorted(Path().rglob("*")) == before
+    Path("README.md").write_text(README)
+    assert run(*logs, "--no-plots", "--folder", "Mine") == 0
+    assert Path("2026-11-20_Mine/LICENSE").read_text() == "Do.\n"
+
+
 def test_folder_is_whole_or_absent(logs, monkeypatch, capsys):
     """A failure on the way leaves no folder and no part of one."""
     def refuse(*_):
@@ -789,8 +743,10 @@ def test_folder_is_whole_or_absent(logs, monkeypatch, capsys):
     before = {p.name for p in Path().iterdir()} | {"submission.json"}
     assert run(*logs, "--no-plots", "--folder", "Full") == 2
     assert "No space" in capsys.readouterr().err and {p.name for p in Path().iterdir()} == before
-    Path("requirements.txt").unlink()
-    assert run(*logs, "--no-plots", "--folder", "Full") == 2
+    for name in ("requirements.txt", "packed/train_gpt.py"):
+        Path(name).unlink()
+        assert run(*logs, "--no-plots", "--folder", "Full") == 2
+        assert name in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [[], ["--frob"], ["x.txt", "--folder", "a b"],
@@ -802,27 +758,31 @@ def test_a_wrong_command_line_is_one_line(argv, capsys):
     assert err.startswith("submit: ") and err.count("\n") == 1
 
 
-def test_a_damaged_submission_json_is_told(logs, capsys):
+@pytest.mark.parametrize("text", [
+    "{", "[]", '{"comparison": {"baseline": 1}}', "[" * 1000 + "]" * 1000, '{"name": ' + "9" * 4301
+    + "}", '{"comparison": {"baseline": "a", "baseline_data": "b", "baseline_val_bpb": [NaN]}}',
+    '{"comparison": {"baseline": "a", "baseline_data": "b", "baseline_val_bpb": []}}'],
+    ids=range(7))
+def test_a_damaged_submission_json_is_named(logs, capsys, text):
     """A submission.json that cannot be read is not silently replaced."""
-    for text in ("{", "[]", '{"comparison": {"baseline": 1}}'):
-        Path("submission.json").write_text(text)
-        assert run(*logs, "--no-plots") == 2
-        assert "submission.json is damaged" in capsys.readouterr().err
+    Path("submission.json").write_text(text)
+    assert run(*logs, "--no-plots") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("submit: submission.json: ") and err.count("\n") == 1
+    assert Path("submission.json").read_text() == text
 
 
 # ------------------------------------------------------------------------------------------------
 # Pictures
 # ------------------------------------------------------------------------------------------------
 
-def test_pictures_are_deterministic(logs):
-    """The same logs give the same bytes, with no date and no trace of the machine."""
+def test_pictures_have_no_date_and_differ_by_log(logs):
+    """A picture has no date and no trace of the machine, and other logs give another one."""
     cases = [[submit.read_log(Path(name)) for name in names] for names in (logs, logs[:1])]
-    for painter in submit.PICTURES.values():
-        for case in cases:
-            svg = submit.draw(painter, case)
-            assert svg == submit.draw(painter, case)
-            assert svg.startswith(b"<?xml") and b"<dc:date>" not in svg and b"/home" not in svg
-        assert submit.draw(painter, cases[0]) != submit.draw(painter, cases[1])
+    for panel in submit.PICTURES.values():
+        svg, other = (submit.draw(panel, case) for case in cases)
+        assert svg.startswith(b"<?xml") and b"<dc:date>" not in svg and b"/home" not in svg
+        assert svg != other
 
 
 def test_another_process_draws_the_same(logs):
@@ -838,9 +798,3 @@ def test_parts_of_the_artifact_add_up(logs):
     parts = submit.byte_parts(submit.read_log(Path(logs[0])))
     assert sum(parts.values()) == pytest.approx(submit.LIMIT_BYTES)
     assert parts["attn.c_q"] / parts["attn.c_k"] == pytest.approx(2) and "tok_emb" in parts
-
-
-def test_matrix_names():
-    """Kind and layer are read from a parameter's name."""
-    assert submit.kind_of("layers.3.attn.c_q.weight") == ("attn.c_q", 3)
-    assert submit.kind_of("tok_emb") == ("tok_emb", None)
