@@ -1,15 +1,20 @@
 """What the scripts beside train_gpt.py share: command lines, streams, files, one-line errors.
 
 train_gpt.py does not import this: it is submitted as one file and carries what it needs itself.
+The scripts import it before any library that takes long, so that Ctrl-C ends that in one line too.
 """
 import argparse
 import json
 import os
+import signal
 import stat
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
+
+STOPPED = "stopped; run the same command again"
 
 
 class Failure(Exception):
@@ -17,7 +22,13 @@ class Failure(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises Failure instead of printing its usage and exiting."""
+    """An argument parser that raises Failure instead of printing its usage and exiting.
+
+    Lines of the description stay as they are, so that it can be a module's docstring.
+    """
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str):
         raise Failure(f"{message}; see --help")
@@ -32,22 +43,27 @@ def run(name: str, work: Callable[[], int], *expected: type[Exception]) -> int:
     code = 2
     try:
         try:
+            if signal.getsignal(signal.SIGINT) is leave:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             return work()
         except SystemExit as e:                 # argparse after --help
             return e.code or 0
         finally:
             sys.stdout.flush()                  # a full disk must fail here, not in Python's exit
     except BrokenPipeError:                     # the reader, for example `head`, has gone
-        discard_stdout()
+        discard(sys.stdout)
         return 1
     except (Failure, *expected) as e:
         problem = str(e)
     except OSError as e:
         problem = f"{e.filename or 'the console'}: {e.strerror}"
-        discard_stdout()
+        discard(sys.stdout)
     except KeyboardInterrupt:
-        code, problem = 130, "stopped; run the same command again"
-    print(f"{name}: {one_line(problem)}", file=sys.stderr)
+        code, problem = 130, STOPPED
+    try:
+        print(f"{name}: {one_line(problem)}", file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)                     # else Python's exit would make the code 120
     return code
 
 
@@ -74,10 +90,10 @@ def open_streams():
             stream.reconfigure(errors="backslashreplace")
 
 
-def discard_stdout():
-    """Send what is still buffered, and all later output, nowhere."""
+def discard(stream: TextIO):
+    """Send what is still buffered in `stream`, and all later output, nowhere."""
     with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def check_regular(path: Path):
@@ -104,6 +120,12 @@ def read_file(path: Path, most: int | None = None) -> bytes:
     return data
 
 
+def utf8(text: str) -> str:
+    """`text`, for example an argument; raises ValueError for bytes that were not UTF-8."""
+    text.encode()
+    return text
+
+
 def load_json(text: bytes | str, where: object):
     """Value of a JSON text; raises Failure naming `where`, also for depths Python cannot parse."""
     try:
@@ -128,3 +150,27 @@ def write_atomic(path: Path, parts: Iterable[bytes]):
     finally:
         with suppress(OSError):                 # it is gone if the rename succeeded
             part.unlink()
+
+
+# ------------------------------------------------------------------------------------------------
+# The time before `run`: importing NumPy and PyTorch takes seconds
+# ------------------------------------------------------------------------------------------------
+
+def leave(*_):
+    """Handle Ctrl-C until `run` does: an exception in a library's import may get lost there."""
+    with suppress(OSError):
+        os.write(2, f"{Path(sys.argv[0]).stem}: {STOPPED}\n".encode(errors="replace"))
+    os._exit(130)
+
+
+def is_script(path: str | None) -> bool:
+    """Whether a process was started by one of the scripts, not, for example, by pytest."""
+    here = Path(__file__).resolve().parent
+    folders = here, here / "bench", here / "experiments"
+    return path is not None and Path(path).resolve().parent in folders
+
+
+if is_script(getattr(sys.modules["__main__"], "__file__", None)):
+    open_streams()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:       # else it is ignored
+        signal.signal(signal.SIGINT, leave)

@@ -13,7 +13,9 @@ started.  The program is entered in `linecache` under the packed file's own name
 
 The bytes depend on the source text alone, and the program in them runs on Python 3.11 and later.
 """
-import argparse
+import console  # first: from here on Ctrl-C ends in one line
+from console import Failure
+
 import ast
 import base64
 import bz2
@@ -23,12 +25,10 @@ import lzma
 import os
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest import mock
-
-import console
-from console import Failure
 
 LIMIT_BYTES = 16_000_000   # code and model together, by the challenge's rules
 OLDEST = (3, 11)           # Python that the packed file must still run on
@@ -137,7 +137,7 @@ def minify_source(source: str) -> str:
     try:
         import python_minifier
     except ImportError:
-        raise Failure("needs python-minifier: pip install -r requirements.txt") from None
+        raise Failure("packing needs python-minifier: pip install -r requirements.txt") from None
     bare = ast.fix_missing_locations(Bare().visit(parse(source, "the source")))
     try:
         with old_fstrings():
@@ -317,6 +317,15 @@ def read_source(path: Path) -> str:
         raise Failure(f"{path} is no UTF-8 text: {e}") from None
 
 
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Put `path` in front of the message of a Failure."""
+    try:
+        yield
+    except Failure as e:
+        raise Failure(f"{path}: {e}") from None
+
+
 def report(source: str, packed: bytes, folder: Path) -> None:
     """Print sizes, hash and the room left beside the newest artifact, runs/*/model.golf."""
     sizes = dict(source=len(source.encode()), minified=len(unpack_source(packed).encode()),
@@ -335,23 +344,24 @@ def report(source: str, packed: bytes, folder: Path) -> None:
 def run_unpack(path: Path) -> int:
     """Print the program inside a packed file."""
     data = console.read_file(path)
-    try:
+    with about(path):
         text = unpack_source(data)
-    except Failure as e:
-        raise Failure(f"{path} {e}") from None
     sys.stdout.buffer.write(text.encode() + b"\n" * (not text.endswith("\n")))
     return 0
 
 
 def run_check(source_path: Path, out: Path) -> int:
     """Say whether the packed file is the one that the source packs to; 0 if it is, else 1."""
-    source = read_source(source_path)
-    fault = check(source, console.read_file(out)) if out.exists() else "is missing; run pack.py"
+    source, fault = read_source(source_path), "is missing; run pack.py"
+    if out.exists():
+        packed = console.read_file(out)
+        with about(source_path):
+            fault = check(source, packed)
     if fault:
         print(f"{out} {fault}", file=sys.stderr)
         return 1
     print(f"{out} is current: {source_path} packs to these bytes")
-    report(source, console.read_file(out), source_path.parent)
+    report(source, packed, source_path.parent)
     return 0
 
 
@@ -360,7 +370,8 @@ def run_pack(source_path: Path, out: Path) -> int:
     if source_path.resolve() == out.resolve():
         raise Failure(f"--out {out} would overwrite the source")
     source = read_source(source_path)
-    packed = pack_source(source)
+    with about(source_path):
+        packed = pack_source(source)
     console.write_atomic(out, [packed])
     print(f"{source_path} -> {out}")
     report(source, packed, source_path.parent)
@@ -369,8 +380,7 @@ def run_pack(source_path: Path, out: Path) -> int:
 
 def run(argv: list[str] | None) -> int:
     """Do what the command line asks; returns the exit code."""
-    parser = console.Parser(prog="pack.py", description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(prog="pack.py", description=__doc__)
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="fail if the packed file is stale")
     action.add_argument("--unpack", metavar="FILE", type=Path, help="print the program inside FILE")

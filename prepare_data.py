@@ -20,11 +20,12 @@ Files are written in a hidden folder and moved into place when all of them are c
 manifest is removed first and written last.  A killed run therefore leaves the old dataset, the new
 one, or files without a manifest.
 """
+import console  # first: from here on Ctrl-C ends in one line
+from console import Failure
+
 import argparse
 import ast
-import codecs
 import fcntl
-import functools
 import gzip
 import hashlib
 import io
@@ -38,16 +39,13 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 from tqdm import tqdm
-
-import console
-from console import Failure
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 4 * 256
@@ -120,7 +118,11 @@ def exclusive(layout: Layout):
     """Hold the dataset's lock, which dies with its process, so that two runs do not write it."""
     for directory in (layout.directory, layout.tokenizer.parent):
         directory.mkdir(parents=True, exist_ok=True)
-    with open(layout.directory / ".lock", "w") as f:
+    lock = layout.directory / ".lock"
+    for path in (lock, layout.manifest, layout.tokenizer, *layout.shards_present()):
+        if path.is_dir() or path == lock and path.exists() and not path.is_file():
+            raise Failure(f"{path}: not a regular file; move it away")
+    with open(lock, "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -262,16 +264,17 @@ def listed_files(manifest: dict) -> list[dict]:
 
 
 def read_manifest(layout: Layout) -> dict:
-    """The manifest; raises Failure if there is none or if it does not list files by name."""
+    """The manifest; raises Failure if there is none, or for values of other types."""
     manifest = console.load_json(console.read_file(layout.manifest), layout.manifest)
-    try:
+    with suppress(AttributeError, KeyError, TypeError):
         names = [entry["name"] for entry in listed_files(manifest)]
-        known = manifest["format"] == MANIFEST_FORMAT and all(isinstance(n, str) for n in names)
-    except (KeyError, TypeError):
-        known = False
-    if not known or len(set(names)) < len(names):
-        raise Failure(f"{layout.manifest}: not a manifest of format {MANIFEST_FORMAT}")
-    return manifest
+        texts = [*names, *manifest.get("source", {}).get("files", [])]
+        settings = manifest.get("settings", {}).keys()      # of check --write, fineweb, the others
+        if (manifest["format"] == MANIFEST_FORMAT and len(set(names)) == len(names)
+                and all(isinstance(text, str) for text in texts)
+                and settings in (set(), {"repository"}, set(asdict(Settings())))):
+            return manifest
+    raise Failure(f"{layout.manifest}: not a manifest of format {MANIFEST_FORMAT}")
 
 
 def differences(layout: Layout, manifest: dict) -> list[str]:
@@ -289,10 +292,9 @@ def differences(layout: Layout, manifest: dict) -> list[str]:
         wrong = [key for key in found if found[key] != entry.get(key)]
         if wrong:
             lines.append(f"{path}: differs from the manifest in {', '.join(wrong)}")
-    for split in SPLITS if not lines else ():
-        if manifest[split] != {**manifest[split], **describe_split(manifest[split]["files"])}:
-            lines.append(f"{layout.manifest}: the totals of {split} are not those of its files")
-    return lines
+    return lines or [
+        f"{layout.manifest}: the totals of {split} are not those of its files" for split in SPLITS
+        if manifest[split] != {**manifest[split], **describe_split(manifest[split]["files"])}]
 
 
 def outdated(layout: Layout, wanted: dict, num_shards: int) -> str:
@@ -313,12 +315,11 @@ def prepare(layout: Layout, wanted: dict, make: Callable[[], dict], num_shards: 
 
     The first check takes no lock, so that an intact dataset may be on a read-only disk.
     """
-    reason = outdated(layout, wanted, num_shards)
-    if reason:
-        if layout.shards_present() or layout.manifest.exists():
-            say(f"{reason}; making it anew")
+    if outdated(layout, wanted, num_shards):
         with exclusive(layout):
-            if outdated(layout, wanted, num_shards):        # another run may have made it
+            if reason := outdated(layout, wanted, num_shards):      # another run may have made it
+                if layout.shards_present() or layout.manifest.exists():
+                    say(f"{reason}; making it anew")
                 return make()
     say(f"{layout.directory} is there and intact (SHA-256 checked); nothing to do")
     return read_manifest(layout)
@@ -583,9 +584,10 @@ CUT_MARKS = ("\n\n", "\n", " ")         # where --split-chars may cut, best firs
 def decode_text(data: bytes, place: object) -> str:
     """Decode UTF-8, with or without a byte order mark."""
     try:
-        return data.removeprefix(codecs.BOM_UTF8).decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise Failure(f"{place}: not UTF-8: byte 0x{data[e.start]:02x} at offset {e.start}; "
+        at = e.start + len(data) - len(e.object)        # the object is without the mark
+        raise Failure(f"{place}: not UTF-8: byte 0x{data[at]:02x} at offset {at}; "
                       "convert it (iconv -f ENCODING -t UTF-8)") from None
 
 
@@ -733,9 +735,9 @@ def run_fineweb(args) -> int:
     """Prepare the challenge's corpus."""
     repository = os.environ.get("MATCHED_FINEWEB_REPO_ID") or REPOSITORIES[args.variant]
     layout = layout_of(args.data_dir, f"fineweb10B_{args.variant}")
-    make = functools.partial(fetch, layout, repository, args.shards)
     wanted = dict(settings=dict(repository=repository))
-    return announce(layout, prepare(layout, wanted, make, args.shards))
+    return announce(layout, prepare(
+        layout, wanted, lambda: fetch(layout, repository, args.shards), args.shards))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -744,14 +746,14 @@ def run_fineweb(args) -> int:
 
 def making_command(layout: Layout, manifest: dict) -> str:
     """The command that makes a dataset again; an empty text if its manifest does not say."""
-    settings, words = manifest.get("settings", {}), []
+    settings, source, words = manifest.get("settings", {}), manifest.get("source", {}), []
     if "repository" in settings:
         words = ["fineweb", f"--variant=sp{layout.vocab_size}",
                  f"--shards={len(manifest['train']['files'])}"]
     elif settings and layout.corpus == "demo":
         words = ["demo"]
-    elif settings:
-        words = ["text", *manifest["source"]["files"], f"--name={layout.corpus}"]
+    elif settings and "files" in source:
+        words = ["text", *source["files"], f"--name={layout.corpus}"]
         words += [f"--{name.replace('_', '-')}={settings[name]}"
                   for name, default in asdict(Settings()).items() if settings[name] != default]
     if words and layout.data_dir != Path("data"):
@@ -786,8 +788,7 @@ def run_check(args) -> int:
     datasets = args.datasets or sorted({path.parent.name for path in folders.glob("*/*.bin")})
     if not datasets:
         raise Failure(f"{folders}: no datasets; give another --data-dir")
-    for dataset in datasets:
-        layout = layout_of(args.data_dir, dataset)
+    for layout in [layout_of(args.data_dir, dataset) for dataset in datasets]:
         lines = check(layout, args.write)
         for line in lines:
             code = 2
@@ -825,8 +826,7 @@ def corpus_name(text: str) -> str:
 def make_parser() -> console.Parser:
     """The whole command line."""
     overview, _, details = (__doc__ or "").partition("\n\n")
-    parser = console.Parser(prog="prepare_data", description=overview, epilog=details,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(prog="prepare_data", description=overview, epilog=details)
     commands = parser.add_subparsers(required=True, metavar="demo|text|fineweb|check")
     shared = console.Parser(add_help=False)
     shared.add_argument("--data-dir", type=Path, metavar="DIR",

@@ -11,7 +11,11 @@ value found and the source of the rule; every number that is written comes from 
 code: 0 fine, 1 a rule fails or a file is out of date, 2 bad input.  experiments/public_logs.py
 judges public logs of the challenge.
 """
+import console  # first: from here on Ctrl-C ends in one line
+from console import Failure
+
 import argparse
+import contextlib
 import io
 import json
 import math
@@ -25,9 +29,6 @@ from hashlib import sha256
 from pathlib import Path
 from statistics import mean, pstdev, stdev
 from typing import NamedTuple
-
-import console
-from console import Failure
 
 
 class Undecided(Exception):
@@ -56,7 +57,7 @@ LIMIT_SECONDS, LIMIT_BYTES = 600.0, 16_000_000
 
 def number(text: str, where: object) -> int | float:
     """The number below 1e15 that `text` spells; raises Failure naming `where` for anything else."""
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", text) or float(text) >= 1e15:
+    if not re.fullmatch(r"(?!.{41})[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", text) or float(text) >= 1e15:
         raise Failure(f"{where}: {text[:40]!r} is not a number that a run can have")
     return int(text) if text.isdigit() else float(text)
 
@@ -650,11 +651,12 @@ STYLE = {
 
 
 def draw(panel: Callable, logs: list[Log]) -> bytes:
-    """An SVG file that `panel`, a function (axes, logs), fills."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    """An SVG file that `panel`, a function (axes, logs), fills; no settings of the user count."""
+    os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)
+    with contextlib.chdir(os.sep):                  # a matplotlibrc of this folder would come first
+        import matplotlib.figure
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **STYLE}):
-        figure, out = Figure((9, 3.5), layout="constrained"), io.BytesIO()
+        figure, out = matplotlib.figure.Figure((9, 3.5), layout="constrained"), io.BytesIO()
         panel(figure.subplots(), logs)
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return out.getvalue()
@@ -697,7 +699,7 @@ def draw_bytes(axes, logs: list[Log]):
     bars = axes.barh(names, sizes, color=["0.8", *["0.3"] * (len(names) - 1)])
     axes.bar_label(bars, [f"{size:,.0f}" for size in sizes], padding=3)
     axes.margins(0.15, 0.02)
-    axes.set(xticks=[], title=f"{LIMIT_BYTES:,} bytes by part, {log.path.name}")
+    axes.set(xticks=[], title=f"{LIMIT_BYTES:,} bytes by part, {console.one_line(log.path.name)}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -723,8 +725,7 @@ def kept_sections(path: Path) -> list[str]:
 def folder_readme(case: Case, verdicts: list[Verdict], found: dict, names: list[str]) -> str:
     """The README of a record folder; a non-record submission says so in its first line."""
     non_record = [f"**Non-record submission.** {found['blurb']}", ""]
-    rules = "\n".join(f"* {verdict}" for verdict in verdicts)
-    commands = ["    pip install -r requirements.txt"]
+    rules, commands = "\n".join(f"* {v}" for v in verdicts), ["    pip install -r requirements.txt"]
     for seed, log in zip(found["seeds"], case.logs):
         rules = rules.replace(log.path.name, f"train_seed{seed}.log")
         chosen = {k: v for e in log.all("config") for k, v in e.values.items() if k[0] == "*"}
@@ -776,13 +777,12 @@ PICTURES = {Path("logs/curve.svg"): draw_losses, Path("logs/bytes.svg"): draw_by
 
 def common_parser(prog: str, description: str) -> console.Parser:
     """A parser with the arguments that experiments/public_logs.py has too."""
-    parser = console.Parser(prog=prog, description=description,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(prog=prog, description=description)
     add = parser.add_argument
     add("logs", nargs="+", type=Path, metavar="LOG", help="logs, one a seed, in any order")
     add("--baseline", nargs="+", metavar="BPB", help="scores to compare with, one a seed, or "
         f"{', '.join(PRESETS)}, or none")
-    add("--baseline-data", metavar="NAME", default=LEADERBOARD,
+    add("--baseline-data", metavar="NAME", type=console.utf8, default=LEADERBOARD,
         help="dataset of the baseline's scores (%(default)s)")
     add("--packed", type=Path, help=f"the submitted program ({PACKED})")
     return parser
@@ -792,9 +792,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; raises Failure."""
     parser = common_parser("submit.py", __doc__)
     add, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    add("--name", help="name of the submission")
-    add("--author", help="author, as submission.json shows it")
-    add("--github-id", help="the author's GitHub name")
+    add("--name", type=console.utf8, help="name of the submission")
+    add("--author", type=console.utf8, help="author, as submission.json shows it")
+    add("--github-id", type=console.utf8, help="the author's GitHub name")
     either("--folder", metavar="NAME", type=Path, help="make the record folder YYYY-MM-DD_NAME")
     either("--check", action="store_true", help="write nothing; fail if a file is out of date")
     add("--no-plots", action="store_true", help="leave pictures alone")
@@ -828,15 +828,15 @@ def read_given(args: argparse.Namespace) -> tuple[dict[str, str], dict | None]:
     """Author, github_id, name and the baseline: arguments, or else from submission.json."""
     before = console.load_json(read_optional(SUBMISSION) or b"{}", SUBMISSION)
     try:
-        given = {key: str(before.get(key, default)) for key, default in
+        given = {key: console.utf8(str(before.get(key, default))) for key, default in
                  dict(author="", github_id="", name="parameter golf, done right").items()}
         if baseline := before.get("comparison"):
             first, *more = baseline["baseline_val_bpb"]
             baseline = dict(
-                baseline=str(baseline["baseline"]), baseline_data=str(baseline["baseline_data"]),
+                {key: console.utf8(str(baseline[key])) for key in ("baseline", "baseline_data")},
                 baseline_val_bpb=[number(str(score), SUBMISSION) for score in [first, *more]])
     except (LookupError, TypeError, ValueError, AttributeError):
-        raise Failure(f"{SUBMISSION}: lacks keys that submit.py writes; remove it") from None
+        raise Failure(f"{SUBMISSION}: not as submit.py writes it; remove it") from None
     given |= {key: getattr(args, key) for key in given if getattr(args, key) is not None}
     return given, parse_baseline(args) if args.baseline else baseline
 
@@ -893,7 +893,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run; 0 fine, 1 a rule fails or a file is out of date, 2 bad input."""
-    return console.run("submit", lambda: run(arguments(argv)), UnicodeEncodeError, ImportError)
+    return console.run("submit", lambda: run(arguments(argv)), ImportError)
 
 
 if __name__ == "__main__":

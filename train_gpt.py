@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import time
@@ -36,6 +37,9 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # imports take seconds; see main()
 
 import brotli
 import numpy as np
@@ -76,7 +80,8 @@ def setting(default, low: float | None = None, below: float = 1 << 60):
     return field(default=default, metadata=dict(low=low, below=below))
 
 
-# Fields that open a group, and pairs of fields whose first divides the second.
+# A field's place in Config gives its group: from a field named here to the next one.  The groups
+# "model" and "scoring" travel in the artifact; another model is refused.
 GROUPS = dict(recipe="run", data_dir="data", vocab_size="model", iterations="training",
               tied_embed_lr="optimizer", matrix_bits="quantization", eval_stride="scoring")
 DIVISORS = (("num_heads", "model_dim"), ("num_kv_heads", "num_heads"), ("eval_stride", "seq_len"),
@@ -112,10 +117,9 @@ def find_problems(c):
             (c.num_loops and not c.loop_start <= c.loop_end < c.num_layers,
              f"LOOP_START={c.loop_start}, LOOP_END={c.loop_end}: must be layers in order, the last "
              f"at most {c.num_layers - 1}"),
-            (c.max_wallclock_seconds and not c.warmup_steps,
-             "WARMUP_STEPS=0: a run on the wall clock times its steps first; set it to 1 or more"),
-            (c.two_lanes > c.num_layers // 2,
-             f"TWO_LANES={c.two_lanes}: must be at most half of NUM_LAYERS={c.num_layers}")):
+            (c.max_wallclock_seconds and c.warmup_steps < 2,
+             f"WARMUP_STEPS={c.warmup_steps}: a run on the wall clock compiles and then times its "
+             "steps; set it to 2 or more")):
         if wrong:
             yield message
 
@@ -136,16 +140,16 @@ class Config:
     loader: str = "coprime"  # order of training windows: coprime strides or shuffled
     vocab_size: int = setting(8192, low=4, below=65537)  # tokenizer pieces; shards hold uint16
     seq_len: int = 2048  # context length in training and scoring
-    num_layers: int = 11  # transformer layers with weights of their own
+    num_layers: int = 11  # distinct transformer layers
     model_dim: int = 512  # width of the residual stream
     num_heads: int = 8  # query heads
     num_kv_heads: int = 4  # key and value heads
-    mlp_mult: float = setting(4.0, below=1 << 20)  # MLP hidden width over model_dim
-    rope_dims: int = setting(16, low=0)  # rotated channels of a head; the rest carry no position
+    mlp_mult: float = setting(4.0, below=1 << 20)  # MLP hidden width as a multiple of model_dim
+    rope_dims: int = setting(16, low=0)  # rotated channels of a head; the rest are not
     rope_base: float = 10000.0  # rotary base
     qk_gain_init: float = 5.25  # initial query gain of each head, applied after QK norm
     xsa_last_n: int = setting(11, low=0)  # exclusive self attention in this many last layers
-    logit_softcap: float = setting(30.0, below=70.5)  # cap * tanh(logits / cap); exp stays finite
+    logit_softcap: float = setting(30.0, below=70.5)  # cap * tanh(logits / cap); exp(70) is finite
     tied_embed_init_std: float = 0.005  # initial std of the embedding, also the output head
     num_loops: int = setting(2, low=0)  # extra passes over layers loop_start..loop_end; 0 = off
     loop_start: int = setting(3, low=0)  # first recurrent layer
@@ -156,39 +160,39 @@ class Config:
     smear_channels: int = setting(0, low=0)  # SmearGate computed from this many channels; 0 = off
     head_gate_channels: int = setting(0, low=0)  # gate heads from this many channels; 0 = off
     two_lanes: int = setting(0, low=0)  # last layers with two residual lanes
-    iterations: int = 20000  # most optimiser steps
-    max_wallclock_seconds: float = setting(600.0, low=0)  # of training and calibration; 0 = off
+    iterations: int = 20000  # maximum number of optimiser steps
+    max_wallclock_seconds: float = setting(600.0, low=0)  # training + calibration; 0 = no limit
     train_batch_tokens: int = 786432  # tokens per step over all ranks
-    micro_batch_seqs: int = 64  # most sequences per forward pass; changes memory, not results
+    micro_batch_seqs: int = 64  # maximum sequences per forward pass; memory, not results
     warmup_steps: int = setting(20, low=0)  # untimed steps that compile both graphs, then undone
     train_log_every: int = 50  # steps between log lines
-    warmdown_frac: float = setting(0.72, low=0, below=1.0001)  # final share of linear LR decay
-    min_lr: float = setting(0.0, low=0)  # final learning rate over its peak
-    enable_looping_at: float = setting(0.35, low=0)  # share of training before recurrence is on
-    looping_min_steps: int = setting(0, low=0)  # recurrence only if so many steps follow its onset
+    warmdown_frac: float = setting(0.72, low=0, below=1.0001)  # linear LR decay, share of training
+    min_lr: float = setting(0.0, low=0)  # final learning rate as a share of the peak
+    enable_looping_at: float = setting(0.35, low=0)  # share of training before recurrence starts
+    looping_min_steps: int = setting(0, low=0)  # no recurrence with fewer expected steps of it
     ema_horizon_frac: float = setting(0.063, low=0)  # EMA horizon over expected steps; 0 = no EMA
-    tied_embed_lr: float = 0.03  # AdamW learning rate of the embedding
+    tied_embed_lr: float = 0.03  # AdamW learning rate of the token tables
     matrix_lr: float = 0.022  # Muon learning rate
     scalar_lr: float = 0.02  # AdamW learning rate of gains and other vectors
     muon_wd: float = setting(0.095, low=0)  # weight decay of the matrices
-    embed_wd: float = setting(0.085, low=0)  # weight decay of the embedding
+    embed_wd: float = setting(0.085, low=0)  # weight decay of the token tables
     adam_wd: float = setting(0.02, low=0)  # weight decay of gains and other vectors
     beta1: float = setting(0.9, below=1)  # AdamW beta1
     beta2: float = setting(0.95, below=1)  # AdamW beta2
     muon_momentum: float = setting(0.99, below=1)  # Muon momentum after its warm-up
     muon_momentum_warmup_start: float = setting(0.92, below=1)  # Muon momentum at step 0
     muon_momentum_warmup_frac: float = setting(0.33, low=0)  # its warm-up over expected steps
-    muon_momentum_warmup_steps: int = 1500  # ... and at most this long
+    muon_momentum_warmup_steps: int = 1500  # upper bound of that warm-up
     muon_row_normalize: bool = True  # normalise rows of the update before orthogonalisation
     grad_clip_norm: float = setting(0.3, low=0)  # clip the global gradient norm to this; 0 = off
     matrix_bits: int = setting(6, low=2, below=9)  # bits of a matrix code
     embed_bits: int = setting(8, low=2, below=9)  # bits of an embedding code
     matrix_clip_sigmas: float = setting(0.0, low=0)  # clip point in row std; 0 = fit target_bytes
     embed_clip_sigmas: float = 20.0  # clip point of the embedding in row std
-    gptq_calibration_batches: int = 64  # most training batches behind the Hessians
+    gptq_calibration_batches: int = 64  # maximum batches of calibration
     gptq_damping: float = 0.01  # added to a Hessian's diagonal, relative to its mean
     target_bytes: int = 16000000  # size limit of code and model together
-    eval_stride: int = 64  # targets scored per sliding window after the first
+    eval_stride: int = 64  # targets between two sliding windows
     eval_batch_seqs: int = 64  # windows scored at once; changes memory, not results
     sliding_enabled: bool = True  # also score sliding windows with frozen weights
     ttt_enabled: bool = True  # headline score with test-time training
@@ -310,7 +314,7 @@ def print_help():
 
 
 # ------------------------------------------------------------------------------------------------
-# Runtime: ranks, log and clocks; the only code that knows of other processes and devices
+# Runtime: ranks, log and clocks; all communication between processes
 # ------------------------------------------------------------------------------------------------
 # One rank and many are one code path: outside this section nobody asks how many there are, except
 # to slice work.  The log is the proof of a run, so all that a reviewer needs is in it: settings,
@@ -323,13 +327,13 @@ class Dist:
         """Join the process group that torchrun describes in `env`; raises ConfigError."""
         values = {n: env.get(n, d) for n, d in dict(WORLD_SIZE=1, RANK=0, LOCAL_RANK=0).items()}
         self.world, self.rank, self.local_rank = (parse_as(int, v) for v in values.values())
-        launched = all(n in env for n in (*values, "MASTER_ADDR")) and parse_as(
-            int, env.get("MASTER_PORT", ""))
+        port = parse_as(int, env.get("MASTER_PORT", "")) or 0
+        launched = all(n in env for n in (*values, "MASTER_ADDR")) and 0 < port < 1 << 16
         whole = None not in (self.world, self.rank, self.local_rank)
-        if not (whole and 0 <= self.rank < self.world and self.local_rank >= 0
+        if not (whole and 0 <= self.rank < self.world < 1 << 16 and self.local_rank >= 0
                 and (launched or self.world == 1)):
-            raise ConfigError(" ".join(f"{n}={v}" for n, v in values.items()) + ": not all that a "
-                              "launcher sets; start with torchrun, or unset WORLD_SIZE and RANK")
+            raise ConfigError(" ".join(f"{n}={v}" for n, v in values.items()) + ", MASTER_PORT: "
+                              "no launcher's; start with torchrun, or unset WORLD_SIZE and RANK")
         self.is_main = self.rank == 0
         self.on_cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", self.local_rank) if self.on_cuda else torch.device("cpu")
@@ -411,17 +415,31 @@ def format_value(key: str, value) -> str:
     return json.dumps(text) if re.search(r'[\s"]', text) or not text else text
 
 
+def check_output(path: Path):
+    """Raise GolfError if `path` exists and is no regular file: a FIFO would block forever."""
+    if os.path.lexists(path) and not path.is_file():
+        raise GolfError(f"{path}: is there and no regular file; move it away, or set RUN_ID")
+
+
 class Log:
     """Rank 0 prints events as logfmt, also to logs/<run>.txt, and draws bars on a terminal."""
 
     def __init__(self, cfg: Config, dist: Dist):
-        self.file, self.on_terminal = None, dist.is_main and sys.stderr.isatty()
+        self.file, self.console = None, True
+        self.on_terminal = dist.is_main and sys.stderr.isatty()
         if dist.is_main:
             self.path = path = Path(cfg.out_dir) / "logs" / f"{cfg.name}.txt"
-            mode = "w" if "train" in cfg.stage_list and not cfg.resume else "a"
+            check_output(path)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = path.open(mode, encoding="utf-8", errors="backslashreplace")
+                self.file = path.open("a", encoding="utf-8", errors="backslashreplace")
+                with suppress(ImportError):                 # not on Windows, where main() refuses
+                    import fcntl
+                    fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if "train" in cfg.stage_list and not cfg.resume:
+                    self.file.truncate(0)
+            except BlockingIOError:
+                raise GolfError(f"{path}: another run is writing it; set another RUN_ID") from None
             except OSError as e:
                 raise GolfError(f"{path}: cannot be written ({e.strerror}); see OUT_DIR") from None
 
@@ -430,17 +448,18 @@ class Log:
         self.line(" ".join([event, *(f"{k}={format_value(k, v)}" for k, v in values.items())]))
 
     def line(self, text: str):
-        """Write a line as it is."""
+        """Write a line as it is; a console that is gone (a lost ssh session) costs no run."""
+        if self.file and self.console:
+            try:
+                tqdm.write(text) if self.on_terminal else print(text, flush=True)
+            except OSError as e:
+                self.console = self.on_terminal = False
+                self("note", text=f"the console is gone ({e.strerror}); this file has the rest")
         if self.file:
             try:
-                if self.on_terminal:
-                    tqdm.write(text)                        # above the bars
-                else:
-                    print(text, flush=True)
                 print(text, file=self.file, flush=True)
-            except OSError as e:                            # a full disk, or a closed pipe
-                self.file = None
-                raise GolfError(f"{self.path} or the console: {e.strerror}") from None
+            except OSError as e:
+                raise GolfError(f"{self.path}: cannot be written ({e.strerror})") from None
 
     def bar(self, what: str, total: float):
         """A progress bar of `total` units, which is drawn on a terminal only."""
@@ -460,7 +479,7 @@ class Clock:
     """Seconds of training, of access to training data and of scoring, against their budgets.
 
     It is also the key to the data: training shards can be opened only before training data is
-    closed and validation shards only after, so nothing can be learnt from text before its score.
+    closed and validation shards only after, so no text can be learnt from before it is scored.
     """
 
     def __init__(self, cfg: Config, now=time.perf_counter):
@@ -509,7 +528,7 @@ def compiler(cfg: Config, dist: Dist) -> Callable:
 
 
 def median_seconds(dist: Dist, times: int, work: Callable) -> float:
-    """Median time of `work`, max over ranks; the median discards the first, compiling call."""
+    """Median time of `work`, max over ranks; of two calls or more it discards the compiling one."""
     seconds = []
     for _ in range(times):
         dist.barrier()
@@ -541,9 +560,10 @@ def write_atomic(path: Path, parts: Iterable[bytes]):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        with suppress(OSError):
-            part.unlink()
         raise GolfError(f"{path}: cannot be written ({e.strerror})") from None
+    finally:
+        with suppress(OSError):                             # renamed, if all went well
+            part.unlink()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -586,7 +606,7 @@ def read_shard(path: Path) -> Shard:
 def find_shards(cfg: Config, split: str) -> list[Path]:
     """Paths of the shards of `split` in name order; raises GolfError if there is none."""
     unfinished = (cfg.dataset_dir / ".lock").is_file()
-    if unfinished and not (cfg.dataset_dir / "manifest.json").is_file():
+    if unfinished and not os.path.lexists(cfg.dataset_dir / "manifest.json"):
         raise GolfError(f"{cfg.dataset_dir}: not finished; run the same prepare_data.py again")
     paths = sorted(cfg.dataset_dir.glob(f"{cfg.corpus}_{split}_*.bin"))
     if not paths:
@@ -628,7 +648,7 @@ def digest_files(paths: list[Path], cache_path: Path, log: Log) -> dict[str, str
 
 
 class Identity(NamedTuple):
-    """Which files a run reads."""
+    """SHA-256 of the files that a run reads."""
     sha256: dict[str, str]  # of each file by name
     manifest: str           # "checked" against manifest.json, or "none" if there is none
 
@@ -759,7 +779,7 @@ def bytes_per_target(tokens: np.ndarray, tokenizer) -> np.ndarray:
 # so neighbours in the corpus are far apart in training, without a shuffled index of all blocks.
 
 def interleave(rng, buckets: list[np.ndarray]) -> np.ndarray:
-    """Deal the rows of shuffled buckets in rounds, one of each bucket a round, in random order."""
+    """Round-robin merge of shuffled buckets, in a random order of buckets each round."""
     buckets = [rng.permutation(b).tolist() for b in buckets]
     dealt = []
     while buckets:
@@ -917,13 +937,13 @@ class Batches:
 # ------------------------------------------------------------------------------------------------
 # parameter-golf #1493/#1876.  One precision rule: parameters are fp32, activations have the dtype
 # of the device, and a weight is cast to the dtype of its input.  Norms have no gain.  Output
-# projections start at zero, so every layer begins as the identity.
+# projections start at zero, so the branches of every layer begin at zero.
 #
 # A parameter's optimiser group is declared where it is created: "muon" for matrices, "embed" for
 # the token tables, "scalar" for everything else.
 
 class Context(NamedTuple):
-    """All that the layers of one forward pass share."""
+    """Inputs that all layers of a forward pass share."""
     x0: Tensor                      # (B, T, C) normed embedding, where the residual stream began
     cos: Tensor                     # (T, 1, R) of the rotation angles
     sin: Tensor
@@ -945,7 +965,7 @@ def orthogonal(rows: int, columns: int, rng: torch.Generator) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A bias-free matrix; the only place where a weight meets an activation."""
+    """A bias-free linear layer, (O, I): where matrices meet activations, and GPTQ sees them."""
     name = ""           # of the weight within the model; GPT sets it
 
     def __init__(self, in_features: int, out_features: int, rng: torch.Generator | None):
@@ -1068,7 +1088,7 @@ class Attention(nn.Module):
         if self.xsa:
             y = (FusedExclusion.apply if ctx.fused else exclude_self)(y, v)
         if self.head_gate is not None:
-            y = y * channel_gate(0.5 * x, self.head_gate)[..., None]
+            y = y * channel_gate(0.5 * x, self.head_gate)[..., None]        # 0.5: #1855
         return self.proj(y.reshape(B, T, C), ctx, scale)
 
 
@@ -1124,7 +1144,7 @@ class Block(nn.Module):
         self.parallel = layer >= cfg.parallel_residual_start
         self.two_lanes = layer >= cfg.num_layers - cfg.two_lanes
         if self.two_lanes:
-            self.lane_keep = param(torch.full((2,), 1.1), "scalar")
+            self.lane_keep = param(torch.full((2,), 1.1), "scalar")     # 1.1: #1529
             self.lane_add = param(torch.ones(2, 2), "scalar")           # from (attn, MLP) to lanes
 
     def forward(self, x: Tensor, lane: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor | None]:
@@ -1245,6 +1265,10 @@ class GPT(nn.Module):
         self.tok_emb = param(table, "embed")                                        # (V, C)
         self.layers = nn.ModuleList(Block(cfg, i, rng) for i in range(cfg.num_layers))
         self.extras = Extras(cfg, rng) if cfg.extras_1060 else None
+        two_lanes = range(max(0, cfg.num_layers - cfg.two_lanes), cfg.num_layers)
+        if set(two_lanes) & set(layer_schedule(cfg, True)[0]):
+            raise ConfigError(f"TWO_LANES={cfg.two_lanes}: its layers must all be in the second "
+                              "half of the schedule; lower it")
         if cfg.smear_channels:
             self.smear_weight = param(torch.zeros(1, cfg.smear_channels), "scalar")
             self.smear_strength = param(torch.zeros(1), "scalar")
@@ -1296,9 +1320,9 @@ class GPT(nn.Module):
     def run_layers(self, x: Tensor, ctx: Context, looped: bool) -> Tensor:
         """The residual stream (B, T, C) after all layers.
 
-        The encoder's layers push their outputs on a stack and the decoder's pop them, so the first
-        output meets the last layer.  Recurrence adds layers, and so uses more rows of the skip
-        weights; a row's meaning changes at that moment, as in #1493.
+        The encoder's layers push their outputs onto a stack and the decoder's pop them, so the
+        first output meets the last layer.  Recurrence adds layers, and so uses more rows of the
+        skip weights; a row's meaning changes at that moment, as in #1493.
         """
         encoder, decoder = layer_schedule(self.cfg, looped)
         weights, skips = self.skip_weights.unbind(), []     # unbind: one gradient, not one per row
@@ -1334,6 +1358,9 @@ class GPT(nn.Module):
 # over ranks are one operation on one tensor each, and Newton-Schulz runs on a whole stack of equal
 # matrices at once.  Modules and compiled graphs see ordinary parameters: views.
 
+CODED = "muon", "embed"     # groups that the artifact holds as codes; the others are float16
+
+
 class Flat:
     """All parameters of a model as one fp32 vector, all gradients as another, without copies.
 
@@ -1345,7 +1372,7 @@ class Flat:
         named = dict(model.named_parameters())
         self.shapes = {n: tuple(p.shape) for n, p in named.items()}
         self.groups = {group: [n for n, p in named.items() if p.group == group]
-                       for group in ("muon", "embed", "scalar")}
+                       for group in dict.fromkeys([*CODED, *(p.group for p in named.values())])}
         self.groups["muon"].sort(key=lambda n: (self.shapes[n], n))
         self.names = [n for group in self.groups.values() for n in group]
         assert sorted(self.names) == sorted(named), "every parameter belongs to exactly one group"
@@ -1363,6 +1390,10 @@ class Flat:
         """The slice of a flat `vector` that belongs to a group."""
         sizes = [sum(math.prod(self.shapes[n]) for n in names) for names in self.groups.values()]
         return dict(zip(self.groups, vector.split(sizes)))[group]
+
+    def uncoded(self) -> list[str]:
+        """Names of the parameters that the artifact holds as float16."""
+        return [n for group, names in self.groups.items() if group not in CODED for n in names]
 
     def stacks(self, vector: Tensor) -> list[tuple[list[str], Tensor]]:
         """Names and views (N, O, I) of the matrices of each shape in a flat `vector`."""
@@ -1387,7 +1418,7 @@ def clip_gradient_(grad: Tensor, limit: float):
 
 
 def orthogonalize(G: Tensor, row_normalize: bool, dtype: torch.dtype) -> Tensor:
-    """Nearest matrices with all singular values about 1, by a quintic Newton-Schulz iteration.
+    """Approximately orthogonalise each matrix by a quintic Newton-Schulz iteration.
 
     Args: G (N, O, I), not modified; row_normalize: first scale each row to unit length.
     Returns: (N, O, I) in `dtype`, singular values roughly within 0.7 and 1.2.
@@ -1454,8 +1485,11 @@ class AdamW:
 def build_optimizers(cfg: Config, flat: Flat, dist: Dist) -> list:
     """One optimiser per parameter group, each with `step` and the tensors of its `state`."""
     betas = cfg.beta1, cfg.beta2
-    return [AdamW(flat, "embed", cfg.tied_embed_lr, cfg.embed_wd, betas),
-            AdamW(flat, "scalar", cfg.scalar_lr, cfg.adam_wd, betas), Muon(cfg, flat, dist)]
+    optimizers = dict(embed=AdamW(flat, "embed", cfg.tied_embed_lr, cfg.embed_wd, betas),
+                      scalar=AdamW(flat, "scalar", cfg.scalar_lr, cfg.adam_wd, betas),
+                      muon=Muon(cfg, flat, dist))
+    assert set(optimizers) == set(flat.groups), "every group has its optimiser"
+    return list(optimizers.values())
 
 
 class Schedule:
@@ -1532,7 +1566,7 @@ def collect_hessians(cfg: Config, rt: Runtime, capture: Callable, batches, count
 
 
 def inverse_factor(H: Tensor, damping: float, name: str, log: Log) -> Tensor:
-    """Upper triangular U with U^T U = (H + damping)^-1, for H (N, I, I); raises GolfError."""
+    """Upper triangular U with U^T U = (H + damping mean(diag H))^-1, for H (N, I, I)."""
     # With J the reversal of an axis, in three steps: reverse, J H J = L L^T; invert, L^-1; reverse,
     # U = J L^-1 J.  Then U is upper triangular, as J turns lower into upper, and
     # U^T U = J L^-T L^-1 J = H^-1.  No inverse of H is ever formed.
@@ -1586,7 +1620,7 @@ def quantize_stack(W: Tensor, H: Tensor, scale: Tensor, qmax: int, invert: Calla
 
 
 def row_scales(W: Tensor, qmax: int, clip_sigmas: float, name: str) -> Tensor:
-    """Step (N, O) float16 of each row of W (N, O, I), with code qmax at clip_sigmas row std.
+    """Scale (N, O) float16 of each row of W (N, O, I), with code qmax at clip_sigmas row std.
 
     We clip many standard deviations out, so most 6-bit codes are near zero and compress to about
     3.3 bits; a finer step costs bytes (#1394).  Raises GolfError for rows beyond float16's range.
@@ -1612,7 +1646,7 @@ def quantize_model(cfg: Config, flat: Flat, weights: Tensor, hessians: dict[str,
                    clip_sigmas: float, log: Log) -> tuple[dict[str, Tensor], list[dict]]:
     """Quantize flat `weights`: the artifact's tensors by name, and a dict of errors per matrix."""
     named = flat.named(weights)
-    tensors, rows = {n: named[n].half() for n in flat.groups["scalar"]}, []
+    tensors, rows = {n: named[n].half() for n in flat.uncoded()}, []
     stacks = [(names, W, cfg.matrix_bits, clip_sigmas) for names, W in flat.stacks(weights)]
     stacks += [([n], named[n][None], cfg.embed_bits, cfg.embed_clip_sigmas)
                for n in flat.groups["embed"]]
@@ -1774,7 +1808,7 @@ def open_container(path: Path, kind: str) -> Container:
     """Read a container file of `kind`; raises GolfError if it is missing, damaged or another."""
     try:
         if not path.is_file():                              # opening a FIFO would block forever
-            raise GolfError(f"{path}: no such file; run its stage first")
+            raise GolfError(f"{path}: no such file, or no regular one; run its stage first")
         data = path.read_bytes()
         at = len(MAGIC) + 4 + 32
         end = at + int.from_bytes(data[len(MAGIC):len(MAGIC) + 4], "little")
@@ -1797,7 +1831,7 @@ def open_container(path: Path, kind: str) -> Container:
 
 def artifact_layout(flat: Flat) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Layout of an artifact of this model: int8 codes, float16 scales per row, float16 vectors."""
-    layout = {n: ("float16", flat.shapes[n]) for n in flat.groups["scalar"]}
+    layout = {n: ("float16", flat.shapes[n]) for n in flat.uncoded()}
     for name in flat.groups["muon"] + flat.groups["embed"]:
         layout[name] = "int8", flat.shapes[name]
         layout[f"{name}.scale"] = "float16", flat.shapes[name][:1]
@@ -1911,7 +1945,7 @@ class Scorer:
 
 
 class Frozen:
-    """The learner that learns nothing; base class of those that do, which never see the tally."""
+    """No test-time training; base class of learners, which never see the tally."""
     learns = False
 
     def before(self, chunk: Chunk):
@@ -1954,7 +1988,7 @@ def report_score(name: str, tally: Tally, rt: Runtime, seconds: float) -> tuple[
 
 
 # ------------------------------------------------------------------------------------------------
-# Test-time training: learners, which learn from a chunk that has been scored
+# Test-time training: learners, which adapt to a chunk after it has been scored
 # ------------------------------------------------------------------------------------------------
 # Score-first adaptation of parameter-golf #549/#1413/#1493.
 
@@ -1998,12 +2032,12 @@ class SGD(Frozen):
 # random tokens only.
 
 class Run(NamedTuple):
-    """A model with its surroundings."""
+    """A model and what it needs to run."""
     cfg: Config
     rt: Runtime
     model: GPT
     flat: Flat
-    forward: Callable       # model.forward, whose two halves are compiled where that pays
+    forward: Callable       # model.forward, whose two halves are compiled on CUDA
     capture: Callable       # model.capture_linear_inputs, likewise
 
 
@@ -2033,22 +2067,23 @@ def forward_backward(run: Run, rows: Tensor, looped: bool):
         loss = run.forward(part[:, :-1], part[:, 1:], looped).mean() / (len(parts) * dist.world)
         loss.backward()
         flat.loss += loss.detach()
-    dist.all_reduce_(flat.buffer)                           # a step's only collective but Muon's
+    dist.all_reduce_(flat.buffer)           # a step's only other collective is Muon's
     clip_gradient_(flat.grad, run.cfg.grad_clip_norm)
 
 
 class TrainState:
-    """All that training changes: weights, their EMA, optimisers, step, clock, place in the data."""
+    """All that training changes: weights, their EMA, optimisers, step, clock, loader position."""
 
     def __init__(self, run: Run, expected_steps: int, recurrent: bool):
         self.run, self.schedule = run, Schedule(run.cfg, expected_steps, recurrent)
         self.optimizers = build_optimizers(run.cfg, run.flat, run.rt.dist)
         self.ema = run.flat.data.clone()                                            # (P,)
         self.step, self.seconds, self.loader = 0, 0.0, None     # loader: state of the batches
+        self.looped = False                                     # recurrence has been switched on
 
-    def train_step(self, rows: Tensor, looped: bool, progress: float):
+    def train_step(self, rows: Tensor, progress: float):
         """One optimiser step on this rank's part rows (B, T + 1) of a global batch."""
-        forward_backward(self.run, rows, looped)
+        forward_backward(self.run, rows, self.looped)
         for optimizer in self.optimizers:
             optimizer.step(self.schedule.lr_scale(progress), self.schedule.momentum(self.step))
         self.ema.lerp_(self.run.flat.data, 1 - self.schedule.ema_decay())
@@ -2065,7 +2100,8 @@ class TrainState:
         cfg, (dist, log, _), path = self.run.cfg, self.run.rt, self.run.cfg.checkpoint_path
         if dist.is_main:
             meta = dict(model=cfg.group("model"), order=self.run.flat.names, step=self.step,
-                        seconds=self.seconds, loader=self.loader, recurrent=self.schedule.recurrent,
+                        seconds=self.seconds, loader=self.loader, looped=self.looped,
+                        recurrent=self.schedule.recurrent,
                         expected_steps=self.schedule.expected_steps)
             write_atomic(path, pack_tensors("checkpoint", meta, self.tensors(), "raw"))
             log("checkpoint", file=path, step=self.step, bytes=path.stat().st_size)
@@ -2088,6 +2124,7 @@ class TrainState:
         for name, t in mine.items():
             t.copy_(loaded[name])
         state.step, state.seconds, state.loader = meta["step"], meta["seconds"], meta["loader"]
+        state.looped = meta["looped"]
         return state
 
 
@@ -2101,8 +2138,8 @@ def warm_up(run: Run) -> tuple[dict[bool, float], float]:
     shape = cfg.batch_seqs // dist.world, cfg.seq_len + 1
     rows = torch.randint(cfg.vocab_size, shape, device=dist.device)
     for looped in (False, True)[:1 + recurrent]:
-        started, graph = time.perf_counter(), "looped" if looped else "plain"
-        step = partial(state.train_step, rows, looped, 0.0)
+        started, graph, state.looped = time.perf_counter(), "looped" if looped else "plain", looped
+        step = partial(state.train_step, rows, 0.0)
         with log.bar(f"warming up the {graph} step", 1):
             seconds[looped] = median_seconds(dist, cfg.warmup_steps, step)
         log("warm_up", graph=graph, step_ms=1000 * seconds[looped],
@@ -2135,7 +2172,7 @@ def plan_run(run: Run) -> tuple[float, int, bool, int]:
     if count < wanted:
         log("note", text=f"calibration reads {count} of {wanted} batches, to take at most a fifth "
                          f"of {limit:g} s")
-    recurrent = bool(cfg.num_loops) and looped_steps >= cfg.looping_min_steps
+    recurrent = bool(cfg.num_loops) and looped_steps >= max(1, cfg.looping_min_steps)
     if cfg.num_loops:
         log("recurrence", on=recurrent, looped_steps=int(looped_steps),
             needed=cfg.looping_min_steps)
@@ -2183,7 +2220,7 @@ def train(run: Run, state: TrainState, batches: Batches, budget: float) -> str:
     learning rates and on the last step.
     """
     cfg, (dist, log, clock), schedule = run.cfg, run.rt, state.schedule
-    step_seconds, looping, first = 0.0, False, state.step + 1
+    step_seconds, first = 0.0, state.step + 1
     # A training that is resumed may be over already.
     reason = ("iterations" if state.step >= cfg.iterations else
               "wallclock" if budget and state.seconds >= budget else "")
@@ -2194,11 +2231,11 @@ def train(run: Run, state: TrainState, batches: Batches, budget: float) -> str:
     with StopRequest() as stop, log.bar("training", 100) as bar:
         while not reason:
             progress = max(state.step / cfg.iterations, now / budget if budget else 0.0)
-            if schedule.looped(progress) and not looping:
-                looping, (encoder, decoder) = True, layer_schedule(cfg, True)
+            if schedule.looped(progress) and not state.looped:
+                state.looped, (encoder, decoder) = True, layer_schedule(cfg, True)
                 log("loop_on", n=state.step + 1, frac=progress, elapsed_s=now, encoder=encoder,
                     decoder=decoder)
-            state.train_step(batches.next(), looping, progress)
+            state.train_step(batches.next(), progress)
             now += step_seconds
             done, log_due = state.step >= cfg.iterations, state.step % cfg.train_log_every == 0
             late = now - read[1] >= READ_SECONDS or (budget and now >= budget)
@@ -2522,7 +2559,7 @@ def fit_artifact(run: Run, state: TrainState, hessians: dict, identity: Identity
     clip, limit = cfg.matrix_clip_sigmas or FIRST_CLIP, cfg.target_bytes
     code = len(own_source().encode())
     meta = dict(model=cfg.group("model"), scoring=cfg.group("scoring"), dataset=cfg.dataset,
-                steps=state.step, looped=state.schedule.recurrent,
+                steps=state.step, looped=state.looped,
                 tokenizer=identity.sha256.get(cfg.tokenizer_path.name, ""))
     for attempt in range(1, MOST_CLIPS + 1):
         started = time.perf_counter()
@@ -2548,14 +2585,14 @@ def fit_artifact(run: Run, state: TrainState, hessians: dict, identity: Identity
 def quantize_stage(run: Run, state: TrainState, count: int, identity: Identity):
     """Calibrate on the `count` training batches that come next, quantize, write the artifact."""
     cfg, (dist, log, clock), limit = run.cfg, run.rt, run.cfg.max_wallclock_seconds
-    # Calibration continues where training ended, on batches that no step has learnt from.
+    # Calibration continues where training ended, on batches after the last that was learnt from.
     batches = Batches(cfg, open_shards(cfg, "train", run.rt, identity), dist, state.loader)
     run.flat.data.copy_(state.ema)
-    # The diagnostic of #1858, its "void fraction": 0.575 for a normal distribution.
+    # #1858's "void fraction": weights with |w| <= mean |w|, 0.575 for a normal distribution.
     matrices = run.flat.part(state.ema, "muon").abs()
     log("weights", below_mean_frac=(matrices <= matrices.mean()).float().mean().item())
     started = time.perf_counter()
-    capture = partial(run.capture, looped=state.schedule.recurrent)
+    capture = partial(run.capture, looped=state.looped)
     hessians = collect_hessians(cfg, run.rt, capture, batches, count,
                                 limit - state.seconds if limit else math.inf)
     seconds = dist.all_reduce_max(time.perf_counter() - started)[0]
@@ -2679,8 +2716,19 @@ def slow_parts(run: Run):
     elif not run.cfg.compile_enabled:
         yield "the compiler is off; set COMPILE_ENABLED=1"
     elif not run.model.fused:
-        yield ("the MLP's kernels do not run; they take Triton, a GPU with 227 KB of shared memory "
-               "per block, and widths that fit")
+        yield ("the Triton kernels do not run; they take a GPU with 227 KB of shared memory per "
+               "block, and widths that fit")
+
+
+def check_room(cfg: Config, flat: Flat):
+    """Raise GolfError, before any clock starts, if the run's files cannot be written later."""
+    check_output(cfg.checkpoint_path)
+    check_output(cfg.artifact_path)
+    needed = 16 * len(flat.data) + cfg.target_bytes         # at most 4 fp32 numbers per parameter
+    free = shutil.disk_usage(cfg.out_dir).free
+    if free < needed:
+        raise GolfError(f"{cfg.out_dir}: {free >> 20} MiB free, checkpoint and artifact may take "
+                        f"{needed >> 20}; set OUT_DIR")
 
 
 def run_stages(cfg: Config, chosen: list[str], dist: Dist):
@@ -2691,6 +2739,8 @@ def run_stages(cfg: Config, chosen: list[str], dist: Dist):
         run = build_run(cfg, dist, log)
         for reason in slow_parts(run):
             log("note", text=f"slow here: {reason}")
+        if cfg.stage_list != ["eval"]:
+            check_room(cfg, run.flat)
         identity, count = check_data(cfg, run.rt), cfg.gptq_calibration_batches
         if "train" in cfg.stage_list:
             state, count = train_stage(run, identity)
@@ -2718,21 +2768,25 @@ def open_streams():
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
-def discard_stdout():
-    """Send what is still buffered nowhere, as Python's exit would fail on it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def flush_stdout():
+    """Flush stdout, or discard what a full disk or a closed pipe does not take."""
+    try:
+        sys.stdout.flush()
+    except OSError:                             # Python's exit would fail on it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> int:
     """Run as the environment says; returns the exit code."""
     open_streams()
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 2
     try:
         if os.name == "nt":
             raise ConfigError("Windows is not supported; run in WSL")
         if sys.argv[1:] in (["--help"], ["-h"]):
             print_help()
-            sys.stdout.flush()
             return 0
         if sys.argv[1:]:
             raise ConfigError(f"{sys.argv[1]}: settings are environment variables; see --help")
@@ -2742,7 +2796,6 @@ def main() -> int:
         dist.close()
         return 0
     except BrokenPipeError:                     # the reader of --help, for example `head`, has gone
-        discard_stdout()
         return 1
     except GolfError as e:
         problem = str(e)
@@ -2758,13 +2811,12 @@ def main() -> int:
             raise
     except KeyboardInterrupt:
         code, problem = 130, "stopped; STAGES can leave out what is done"
+    finally:
+        flush_stdout()
     # A message may quote any file: print one line of it, and not all of a long one.
     problem = "".join(c if c.isprintable() else " " for c in problem)[:1000]
-    print(f"train_gpt: {problem}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:                             # a full disk
-        discard_stdout()
+    with suppress(OSError):
+        print(f"train_gpt: {problem}", file=sys.stderr)
     return code
 
 

@@ -24,6 +24,8 @@ Exit code: 0 success, 1 `verify` found a difference, 2 bad input, explained in o
 Sections: Reading an artifact, Text and tokens, Predictions, The compressed file, Sampling,
 Verification, Command line.
 """
+import console  # first: from here on Ctrl-C ends in one line
+
 import argparse
 import codecs
 import gzip
@@ -53,7 +55,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import console
 import train_gpt
 from train_gpt import Config, GolfError, Run
 
@@ -647,8 +648,7 @@ def number(kind: type, least: float, most: float) -> Callable[[str], float]:
 
 def make_parser() -> console.Parser:
     """The command line."""
-    parser = console.Parser(prog="use_artifact.py", description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(prog="use_artifact.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, work, about in (
             ("sample", run_sample, "print text that the model generates"),

@@ -39,13 +39,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# Before what takes long: from here on Ctrl-C ends in one line.
 import console  # noqa: E402
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
 import train_gpt  # noqa: E402
 from train_gpt import Config, ConfigError, Dist, Run, TrainState  # noqa: E402
 
@@ -440,8 +442,7 @@ def measure(cfg: Config, dist: Dist, args: argparse.Namespace):
 
 def run_benchmark(argv: list[str] | None) -> int:
     """Measure as the command line and the environment say."""
-    parser = console.Parser(prog="step_time.py", description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(prog="step_time.py", description=__doc__)
     parser.add_argument("--steps", type=int, default=20, metavar="N",
                         help="timed calls of every part, and of the step (default: 20)")
     parser.add_argument("--graph", choices=list(GRAPHS.values()), help="only this one")

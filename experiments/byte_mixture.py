@@ -30,14 +30,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# Before what takes long: from here on Ctrl-C ends in one line.
 import console  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
 import train_gpt  # noqa: E402
 from train_gpt import GolfError, Run, Scorer, Stream  # noqa: E402
 from use_artifact import evaluate_text, open_artifact  # noqa: E402
@@ -514,8 +516,7 @@ def forms(ttt: bool, hijack: float) -> list[Form]:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; raises console.Failure."""
-    parser = console.Parser(prog="byte_mixture.py", description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(prog="byte_mixture.py", description=__doc__)
     add = parser.add_argument
     add("artifact", type=Path, metavar="ARTIFACT", help="model.golf of a run")
     add("--data-dir", default="data", help="as DATA_DIR of train_gpt.py (data)")

@@ -248,7 +248,8 @@ def state(make_cfg, make_run) -> train_gpt.TrainState:
     """The state of a very small run after a step, saved."""
     cfg = make_cfg(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4)
     state = train_gpt.TrainState(stirred(make_run(cfg)), 10, True)
-    state.train_step(torch.randint(cfg.vocab_size, (4, 33)), True, 0.0)
+    state.looped = True
+    state.train_step(torch.randint(cfg.vocab_size, (4, 33)), 0.0)
     state.loader, state.seconds = dict(digest="0" * 16), 1.5
     state.save()
     return state
@@ -260,6 +261,7 @@ def test_a_checkpoint_gives_back_the_state(state, make_run):
     assert same(found.tensors(), state.tensors())
     assert (found.step, found.seconds, found.loader) == (1, 1.5, state.loader)
     assert (found.schedule.expected_steps, found.schedule.recurrent) == (10, True)
+    assert found.looped
 
 
 def test_an_artifact_fits_its_own_model_only(state, make_cfg, make_run, read):

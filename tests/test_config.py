@@ -21,7 +21,7 @@ OTHER = dict(
     recipe="demo", run_id="third-try_2.1", out_dir="elsewhere", stages="quantize,eval",
     data_dir="corpora", dataset="notes_sp8192", loader="shuffled", seq_len=1024, model_dim=1024,
     num_heads=16, num_kv_heads=2, rope_dims=32, num_loops=1, loop_start=2, loop_end=6,
-    train_batch_tokens=393216, warmup_steps=1, matrix_bits=5, embed_bits=7, eval_stride=32,
+    train_batch_tokens=393216, warmup_steps=2, matrix_bits=5, embed_bits=7, eval_stride=32,
     ttt_chunk_tokens=65536, warmdown_frac=1.0)
 
 # Environments with a value that cannot be used, and how the message begins.
@@ -59,7 +59,7 @@ CONTRADICTIONS = [
     (dict(rope_dims=66), "ROPE_DIMS=66: must be even and at most the head width 64"),
     (dict(loop_start=6), "LOOP_START=6, LOOP_END=5"),
     (dict(loop_end=11), "LOOP_START=3, LOOP_END=11: must be layers in order, the last at most 10"),
-    (dict(warmup_steps=0), "WARMUP_STEPS=0: a run on the wall clock times its steps first"),
+    (dict(warmup_steps=0), "WARMUP_STEPS=0: a run on the wall clock compiles and then times"),
     (dict(model_dim=10 ** 20), "MODEL_DIM=100000000000000000000: must be below"),
     (dict(matrix_lr=1e38), "MATRIX_LR=1e+38: must be below"),
 ]

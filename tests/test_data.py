@@ -158,7 +158,8 @@ LAUNCHED = dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="localhost
     dict(WORLD_SIZE="2"), dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0"), dict(WORLD_SIZE="x"),
     dict(WORLD_SIZE="0"), dict(WORLD_SIZE="-1"), dict(WORLD_SIZE=""), dict(RANK="1"),
     dict(RANK="x"), dict(RANK="-1"), dict(LOCAL_RANK="x"), dict(LOCAL_RANK="-1"),
-    LAUNCHED | dict(RANK="3"), LAUNCHED | dict(LOCAL_RANK="x")], ids=str)
+    LAUNCHED | dict(RANK="3"), LAUNCHED | dict(LOCAL_RANK="x"), LAUNCHED | dict(MASTER_PORT="x"),
+    LAUNCHED | dict(MASTER_PORT="99999"), LAUNCHED | dict(WORLD_SIZE="9" * 20)], ids=str)
 def test_rank_variables_that_no_launcher_sets_raise(env):
     """Missing, malformed and impossible rank variables raise with their values and the remedy."""
     with pytest.raises(ConfigError, match="start with torchrun, or unset") as e:
@@ -211,7 +212,7 @@ def test_clock_counts_from_its_start(cfg):
     ((0.0, 0.0), (1e6, 1e6), [])])
 def test_overtime_is_listed(make_cfg, limits, used, over):
     """The clock lists each exceeded budget, of training data and of scoring; 0 is no budget."""
-    clock = Clock(make_cfg(max_wallclock_seconds=limits[0], warmup_steps=1,
+    clock = Clock(make_cfg(max_wallclock_seconds=limits[0], warmup_steps=2,
                            eval_wallclock_seconds=limits[1]))
     clock.close_training_data(4.0, used[0])
     clock.eval_seconds = used[1]

@@ -5,7 +5,9 @@ own.  `-k faults_md` selects the examples by which the faults were first reporte
 """
 import json
 import os
+import pty
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -431,11 +433,45 @@ def test_a_loss_that_is_not_finite_leaves_the_old_files(earlier, toy_settings, t
 
 def test_a_log_on_a_full_disk(toy_env, tmp_path, monkeypatch, capsys):
     """The log is the first to meet a full disk: one line that names it."""
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "pr1876_seed1337.txt").symlink_to("/dev/full")
-    code, _, printed = run_main(monkeypatch, capsys, toy_env)
-    one_line(printed, "pr1876_seed1337.txt", "No space left")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))    # of every file
+    try:
+        code, _, printed = run_main(monkeypatch, capsys, toy_env)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    one_line(printed, "pr1876_seed1337.txt", "File too large")
     assert code == 2
+
+
+def test_a_disk_too_small_for_the_checkpoint(toy_env, monkeypatch, capsys):
+    """Before its first step a run makes sure that its files will fit."""
+    usage = SimpleNamespace(free=1 << 20)
+    monkeypatch.setattr(train_gpt.shutil, "disk_usage", lambda path: usage)
+    code, out, printed = run_main(monkeypatch, capsys, toy_env)
+    one_line(printed, "1 MiB free", "OUT_DIR")
+    assert code == 2 and "\nstep " not in out
+
+
+@pytest.mark.parametrize("name", ["logs/pr1876_seed1337.txt", "runs/pr1876_seed1337/model.golf",
+                                  "runs/pr1876_seed1337/checkpoint.golf"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_something_else_where_a_file_will_be(toy_env, tmp_path, monkeypatch, capsys, name, make):
+    """A FIFO or a folder under the name of an output is refused before training, not waited for."""
+    (tmp_path / name).parent.mkdir(parents=True)
+    make(tmp_path / name)
+    code, out, printed = run_main(monkeypatch, capsys, toy_env)
+    one_line(printed, name, "no regular file")
+    assert code == 2 and "\nstep " not in out
+
+
+def test_two_runs_of_one_name(make_cfg):
+    """The second run that would write a log is refused, and the first one's log stays whole."""
+    dist, cfg = train_gpt.Dist({}), make_cfg()
+    first = train_gpt.Log(cfg, dist)
+    first("note", text="mine")
+    with pytest.raises(train_gpt.GolfError, match="another run is writing it"):
+        train_gpt.Log(cfg, dist)
+    assert first.path.read_text() == "note text=mine\n"
 
 
 def test_a_shard_that_changes_in_training(nursery, toy_settings, tmp_path):
@@ -527,7 +563,7 @@ def notes(notes_data, tmp_path) -> SimpleNamespace:
     env = dict(RECIPE="demo", DATASET="notes_sp320", VOCAB_SIZE="320", MAX_WALLCLOCK_SECONDS="0",
                ITERATIONS="3", TTT_ENABLED="0", SLIDING_ENABLED="0", NUM_LAYERS="2", LOOP_END="1",
                MODEL_DIM="64", GPTQ_CALIBRATION_BATCHES="2", EVAL_BATCH_SEQS="8",
-               WARMUP_STEPS="1", DATA_DIR=str(data), OUT_DIR=str(tmp_path), RUN_ID="r")
+               WARMUP_STEPS="2", DATA_DIR=str(data), OUT_DIR=str(tmp_path), RUN_ID="r")
     folder = data / "datasets/notes_sp320"
     return SimpleNamespace(
         env=env, tokenizer=data / "tokenizers/notes_320_bpe.model",
@@ -602,20 +638,42 @@ def test_faults_md_21_names_that_cannot_be_encoded(nursery, notes, tmp_path, fol
     assert "artifact file=" in text and "val_bpb:" in text
 
 
-@pytest.mark.parametrize("redirection, code, printed", [
-    ("2>&-", 0, ""), (">&-", 0, ""), (">/dev/full", 2, "No space left on device")])
-def test_faults_md_23_streams_that_are_closed_or_full(notes, tmp_path, redirection, code, printed):
-    """Without stderr or stdout a run leaves whole files; a full stdout is one line and code 2."""
-    command = f'exec "{sys.executable}" "{PROGRAM}" {redirection}'
-    done = subprocess.run(["sh", "-c", command], env={**clean_environment(), **notes.env},
+@pytest.mark.parametrize("redirection, printed", [
+    ("2>&-", ""), (">&-", ""), (">/dev/full", "No space left on device"),
+    ("| true", "Broken pipe")])
+def test_faults_md_23_streams_that_are_closed_or_full(notes, tmp_path, redirection, printed):
+    """Without stderr or stdout a run leaves whole files; its log says when the console went."""
+    command = f'set -o pipefail; "{sys.executable}" "{PROGRAM}" {redirection}'
+    done = subprocess.run(["bash", "-c", command], env={**clean_environment(), **notes.env},
                           capture_output=True, text=True)
-    assert done.returncode == code, done
-    if code:
-        one_line(done.stderr, printed)
-    else:
-        assert done.stderr == ""
-        assert all_whole(tmp_path / "runs") == {"checkpoint.golf", "model.golf"}
-        assert "val_bpb:" in (tmp_path / "logs/r.txt").read_text()
+    assert done.returncode == 0 and done.stderr == "", done
+    assert all_whole(tmp_path / "runs") == {"checkpoint.golf", "model.golf"}
+    log = (tmp_path / "logs/r.txt").read_text()
+    assert "val_bpb:" in log and printed in log
+
+
+def test_faults_md_19_a_lost_terminal(notes, tmp_path):
+    """A terminal that closes in training, as of a lost ssh session: the run ends with a score."""
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, str(PROGRAM)],
+                  {**clean_environment(), **notes.env, "ITERATIONS": "100000"})
+    wait_for(tmp_path / "logs/r.txt", "step n=1/")
+    os.close(master)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    log = (tmp_path / "logs/r.txt").read_text()
+    assert "reason=signal" in log and "the console is gone" in log and "val_bpb:" in log
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.5, 1.0])
+def test_ctrl_c_while_starting(toy_env, delay):
+    """Ctrl-C during imports ends the process with 130 and without a traceback."""
+    process = subprocess.Popen([sys.executable, str(PROGRAM)], stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL, env={**clean_environment(), **toy_env})
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in printed
 
 
 def test_faults_md_23_a_reader_that_goes_away(tmp_path):

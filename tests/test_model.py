@@ -5,6 +5,7 @@ Run alone: python -m pytest -q tests/test_model.py
 import itertools
 import math
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -332,6 +333,14 @@ def test_rotated_products_know_distances_only(cfg):
         along = products.diagonal(distance)
         torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-5, rtol=0)
     assert products[0].std() > 0.01
+
+
+def test_two_lanes_start_in_the_decoder(make_cfg):
+    """A layer with two lanes among those that leave skips, plain or looped, raises."""
+    for fits, overrides in ((True, dict(two_lanes=1)), (False, dict(two_lanes=3)),
+                            (False, dict(two_lanes=1, loop_start=2, loop_end=2, num_loops=4))):
+        with nullcontext() if fits else pytest.raises(train_gpt.ConfigError, match="TWO_LANES="):
+            GPT(make_cfg(**overrides))
 
 
 # ------------------------------------------------------------------------------------------------

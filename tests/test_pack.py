@@ -22,7 +22,7 @@ import train_gpt
 from conftest import ROOT, imported
 
 TRAIN, PACKED_TRAIN = ROOT / "train_gpt.py", ROOT / "packed" / "train_gpt.py"
-MOST_CODE_BYTES = 28_100       # growth beyond it needs a reason; the aim is 26,000
+MOST_CODE_BYTES = 28_700       # growth beyond it needs a reason; the aim is 26,000
 
 TOY = '''\
 #!/usr/bin/env python3
@@ -547,7 +547,8 @@ def test_missing_packed_file_fails_the_check(toy, capsys, tmp_path):
     assert code == 1 and "missing" in errors[0] and len(errors) == 1 and not out.exists()
 
 
-@pytest.mark.parametrize("content", [None, b"x = (", b"\xff\xfe", b"x = 'a\0b'", b"\tx=1\n y"])
+@pytest.mark.parametrize("content", [None, b"x = (", b"\xff\xfe", b"x = 'a\0b'", b"\tx=1\n y",
+                                     b"type X = int"])
 def test_bad_source_is_one_line_and_leaves_the_packed_file(capsys, tmp_path, content):
     """Exit code 2; what was packed before stays whole and no half-written file remains."""
     source, out = tmp_path / "bad.py", tmp_path / "packed" / "bad.py"
@@ -558,7 +559,7 @@ def test_bad_source_is_one_line_and_leaves_the_packed_file(capsys, tmp_path, con
     for action in ([], ["--check"]):
         code, lines, errors = cli(capsys, *action, "--source", source)
         assert code == 2 and not lines and len(errors) == 1
-        assert errors[0].startswith("pack.py: ")
+        assert re.match("pack.py: .*bad.py", errors[0])
     assert out.read_bytes() == b"before" and os.listdir(out.parent) == ["bad.py"]
 
 

@@ -380,6 +380,7 @@ BAD_FILES = {       # name -> content and words of the complaint
     "blank.txt": (b" \n\n", "blank.txt: empty"),
     "latin.txt": ("na\u00efve".encode("latin-1"), "not UTF-8: byte 0xef"),
     "utf16.txt": ("text".encode("utf-16"), "not UTF-8: byte 0xff at offset 0"),
+    "mark.txt": (b"\xef\xbb\xbfab\xff", "not UTF-8: byte 0xff at offset 5"),
     "bad.jsonl": (b'{"text": "a"}\n\n{"text": }\n', "bad.jsonl:3: not JSON"),
     "key.jsonl": (b'{"text": "a"}\n{"body": "b"}', 'key.jsonl:2: needed an object with a string '
                   'under "text", found {"body": "b"}'),
@@ -472,6 +473,22 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert list(locked.iterdir()) == []
 
 
+@pytest.mark.parametrize("name, put", [
+    (".lock", os.mkfifo), (".lock", os.mkdir), ("manifest.json", os.mkdir),
+    ("text_train_000000.bin", os.mkdir), ("../../tokenizers/text_330_bpe.model", os.mkdir)])
+def test_what_cannot_be_replaced_is_named_before_the_work(tmp_path, capsys, name, put):
+    """A FIFO or folder in the place of a file of the dataset ends in one line with a remedy."""
+    directory, files = tmp_path / "data" / "datasets" / "text_sp330", write_texts(tmp_path / "in")
+    for folder in (directory, tmp_path / "data" / "tokenizers"):
+        folder.mkdir(parents=True)
+    put(directory / name)
+    assert run_text(tmp_path / "data", files) == 2
+    out, err = capsys.readouterr()
+    told = f"prepare_data: .*{Path(name).name}: not a regular file; move it away\n"
+    assert re.fullmatch(told, err)
+    assert out == "" and read_tree(tmp_path / "data") == {}
+
+
 def test_odd_streams_and_names_end_in_at_most_one_line(tmp_path):
     """An ASCII console, a name that is not UTF-8, closed streams and a full disk behind stdout."""
     files = write_texts(tmp_path / "in", 8)
@@ -549,6 +566,10 @@ DAMAGE = dict(      # file and what happens to it
     old_format=edited(lambda m: m.update(format=0)),
     listed_twice=edited(lambda m: m["val"]["files"].append(m["val"]["files"][0])),
     no_name=edited(lambda m: m["val"]["files"][0].update(name=5)),
+    odd_settings=edited(lambda m: m.update(settings=3)),
+    few_settings=edited(lambda m: m["settings"].pop("val_frac")),
+    odd_source=edited(lambda m: m.update(source=[])),
+    odd_files=edited(lambda m: m["source"].update(files=[3])),
     unlisted=edited(lambda m: m["val"]["files"].clear()),
     miscounted=edited(lambda m: m["val"]["files"][0].update(documents=9)),
     wrong_totals=edited(lambda m: m["train"].update(tokens=1)))

@@ -240,7 +240,8 @@ def test_the_submitted_program():
     (second(42).split("Code size")[0], "no score line of a known kind"),
     ("", "no score line"), ("hello\n", "no score line"), ("\ufeffrun a=1\n", "submit.py reads it"),
     (second(42).replace("val_bpb:1", "val_bpb:" + "9" * 5000), "not a number"),
-], ids=range(8))
+    (second(42).replace("val_bpb:1", "val_bpb:" + "0" * 5000 + "1"), "not a number"),
+], ids=range(9))
 def test_other_logs_are_rejected_in_one_line(text, reason, capsys):
     """A score line of an unknown spelling, no score, or our own format: one line, exit code 2."""
     Path("x.log").write_text(text)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -428,7 +429,8 @@ DAMAGE = [      # pattern, replacement, the reason in the message
     ("(?<=^train_end steps=)", "-", "is not a number"), ("(?<=val_loss=)", "nan", "not a number"),
     ("(?<=elapsed_s=).*", "1e999", "not a number"), ("(?<=started=)", "../", "not a date"),
     (r"(?<=\*seed=)4", "²", "seed: '²2' is not a number"),
-    ("(?<= last=)", "9" * 5000, "not a number"), ("sdpa", r'"sd\\u0000"', "control"),
+    ("(?<= last=)", "9" * 5000, "not a number"), ("(?<= last=)", "0" * 5000, "not a number"),
+    ("sdpa", r'"sd\\u0000"', "control"),
     ("sdpa", r'"\\x"', "not JSON"), (" reason=", " steps=4 reason=", "comes twice"),
     ("^seed: ", "seed: 4\nseed: ", "comes twice"),
     ("^config.*", "Traceback (most recent call last):", "line 2: neither an event nor a result"),
@@ -750,19 +752,22 @@ def test_folder_is_whole_or_absent(logs, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("argv", [[], ["--frob"], ["x.txt", "--folder", "a b"],
-                                  ["x.txt", "--folder", "A", "--check"], ["x.txt", "--baseline"]])
+                                  ["x.txt", "--folder", "A", "--check"], ["x.txt", "--baseline"],
+                                  ["x.txt", "--name", "\udcff"]])
 def test_a_wrong_command_line_is_one_line(argv, capsys):
     """Wrong options are told as any other bad input."""
     assert run(*argv) == 2
     err = capsys.readouterr().err
     assert err.startswith("submit: ") and err.count("\n") == 1
+    assert "\udcff" not in argv or "--name" in err
 
 
 @pytest.mark.parametrize("text", [
     "{", "[]", '{"comparison": {"baseline": 1}}', "[" * 1000 + "]" * 1000, '{"name": ' + "9" * 4301
     + "}", '{"comparison": {"baseline": "a", "baseline_data": "b", "baseline_val_bpb": [NaN]}}',
-    '{"comparison": {"baseline": "a", "baseline_data": "b", "baseline_val_bpb": []}}'],
-    ids=range(7))
+    '{"comparison": {"baseline": "a", "baseline_data": "b", "baseline_val_bpb": []}}',
+    '{"name": "\\ud800"}', '{"comparison": {"baseline": "a", "baseline_data": "b", '
+    f'"baseline_val_bpb": ["{"0" * 5000}"]}}}}'], ids=range(9))
 def test_a_damaged_submission_json_is_named(logs, capsys, text):
     """A submission.json that cannot be read is not silently replaced."""
     Path("submission.json").write_text(text)
@@ -785,11 +790,23 @@ def test_pictures_have_no_date_and_differ_by_log(logs):
         assert svg != other
 
 
+def test_a_picture_of_a_log_whose_name_is_not_utf8(logs):
+    """Such a name does not reach the picture as it is."""
+    name = Path("\udcff\x01.txt")
+    Path(logs[0]).rename(name)
+    for panel in submit.PICTURES.values():
+        ElementTree.fromstring(submit.draw(panel, [submit.read_log(name)]))
+
+
 def test_another_process_draws_the_same(logs):
-    """Nothing of a process, not even the order of its hashes, is in a picture."""
+    """Neither the order of a process's hashes nor a user's settings of Matplotlib matter."""
     assert run(*logs) == 0
+    for name in ("matplotlibrc", "rc", ".config/matplotlib/matplotlibrc"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"lines.linewidth: 9\n\xff")
+    odd = dict(PYTHONHASHSEED="7", MPLBACKEND="none", MATPLOTLIBRC="rc", HOME=str(Path.cwd()))
     command = [sys.executable, submit.__file__, *logs, "--check"]
-    told = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True)
+    told = subprocess.run(command, env={**os.environ, **odd}, capture_output=True)
     assert told.returncode == 0, told.stdout + told.stderr
 
 

@@ -123,6 +123,14 @@ def test_another_seed_gives_other_bytes(long_run, run_here, tmp_path):
     assert artifact_of(other).read_bytes() != artifact_of(long_run[0]).read_bytes()
 
 
+def test_recurrence_that_never_ran_is_not_scored(toy_env, run_here, tmp_path):
+    """Weights that were never trained looped are calibrated and scored as a model without loops."""
+    env = {**toy_env, "STAGES": "train,quantize,eval", "TTT_ENABLED": "0", "SLIDING_ENABLED": "0"}
+    late = scores(run_here({**env, "RUN_ID": "late", "ENABLE_LOOPING_AT": "2"}))
+    never = scores(run_here({**env, "RUN_ID": "never", "NUM_LOOPS": "0"}))
+    assert late == never
+
+
 def test_stages_one_by_one(long_run, run_here, tmp_path):
     """train, quantize and eval alone, in another process and folder: the same bytes and scores.
 
@@ -226,7 +234,7 @@ def test_the_wall_clock_ends_training(toy_env, run_here):
 
 def test_overtime_names_each_clock_that_was_exceeded(make_cfg):
     """Training data and scoring have budgets of their own; 0 is no limit."""
-    clock = train_gpt.Clock(make_cfg(max_wallclock_seconds=600.0, warmup_steps=1))
+    clock = train_gpt.Clock(make_cfg(max_wallclock_seconds=600.0, warmup_steps=2))
     clock.close_training_data(590.0, 599.9)
     assert clock.overtime() == []
     clock.close_training_data(590.0, 600.1)
@@ -281,7 +289,7 @@ def test_a_terminal_shows_progress_and_the_log_does_not(toy_env, tmp_path):
     They take no escape sequences, so that TERM=dumb shows them too, and Ctrl-C in the middle of a
     bar leaves its line empty before the program's last word.
     """
-    env = {**toy_env, "WARMUP_STEPS": "1", "ITERATIONS": "60", "TTT_EPOCHS": "50", "TERM": "dumb"}
+    env = {**toy_env, "WARMUP_STEPS": "2", "ITERATIONS": "60", "TTT_EPOCHS": "50", "TERM": "dumb"}
     # Not at the first sign of a bar: until its constructor returns, tqdm cannot clear its line.
     code, drawn = on_a_terminal(env, tmp_path, b"\rscoring  17 %")
     assert code == 130 and "\x1b" not in drawn
@@ -366,7 +374,7 @@ DAMAGE = {
     "no checkpoint": (None, dict(STAGES="quantize"), "checkpoint.golf"),
     "no artifact": (None, dict(STAGES="eval"), "model.golf"),
     "too large": (None, dict(TARGET_BYTES="1000"), "TARGET_BYTES=1000"),
-    "too little time": (None, dict(MAX_WALLCLOCK_SECONDS="0.01", WARMUP_STEPS="1"),
+    "too little time": (None, dict(MAX_WALLCLOCK_SECONDS="0.01", WARMUP_STEPS="2"),
                         "MAX_WALLCLOCK_SECONDS=0.01"),
     "exploding loss": (None, dict(TIED_EMBED_LR="1e18", SCALAR_LR="1e18", ITERATIONS="40"), "loss"),
 }
