@@ -997,7 +997,7 @@ class Linear(nn.Module):
 def rms_norm(x: Tensor) -> Tensor:
     """`x` over its root mean square along the last dimension."""
     # The published systems leave eps at PyTorch's default, 1.2e-7 in fp32.  The embedding starts at
-    # a mean square of 2.5e-5, so their first gradients are 2 % larger; no score was seen to differ.
+    # a mean square of 2.5e-5, so their first gradients are 2 % larger; scores were not compared.
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
