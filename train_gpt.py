@@ -1379,6 +1379,7 @@ class Flat:
         self.names = [n for group in self.groups.values() for n in group]
         assert sorted(self.names) == sorted(named), "every parameter belongs to exactly one group"
         self.sizes = [named[n].numel() for n in self.names]
+        self.group_sizes = [sum(named[n].numel() for n in names) for names in self.groups.values()]
         parts = [named[n].detach().flatten() for n in self.names]
         self.data = torch.cat(parts).to(device)                                     # (P,)
         self.buffer = torch.zeros(len(self.data) + 1, device=device)
@@ -1390,8 +1391,7 @@ class Flat:
 
     def part(self, vector: Tensor, group: str) -> Tensor:
         """The slice of a flat `vector` that belongs to a group."""
-        sizes = [sum(math.prod(self.shapes[n]) for n in names) for names in self.groups.values()]
-        return dict(zip(self.groups, vector.split(sizes)))[group]
+        return dict(zip(self.groups, vector.split(self.group_sizes)))[group]
 
     def uncoded(self) -> list[str]:
         """Names of the parameters that the artifact holds as float16."""
@@ -1766,10 +1766,14 @@ CODECS = dict(                                              # raw: for checkpoin
     brotli=(encode_brotli, decode_brotli))
 
 
+def in_file_order(layout: dict) -> dict:
+    """{name: (dtype, shape)} sorted by dtype and name, the order in which files hold tensors."""
+    return dict(sorted(layout.items(), key=lambda item: (item[1][0], item[0])))
+
+
 def layout_of(tensors: dict[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{name: (dtype, shape)} of tensors, in the order in which files hold them."""
-    layout = {n: (str(t.dtype)[6:], tuple(t.shape)) for n, t in tensors.items()}
-    return dict(sorted(layout.items(), key=lambda item: (item[1][0], item[0])))
+    return in_file_order({n: (str(t.dtype)[6:], tuple(t.shape)) for n, t in tensors.items()})
 
 
 def pack_tensors(kind: str, meta: dict, tensors: dict[str, Tensor], codec: str) -> list[bytes]:
@@ -1834,10 +1838,10 @@ def open_container(path: Path, kind: str) -> Container:
 def artifact_layout(flat: Flat) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Layout of an artifact of this model: int8 codes, float16 scales per row, float16 vectors."""
     layout = {n: ("float16", flat.shapes[n]) for n in flat.uncoded()}
-    for name in flat.groups["muon"] + flat.groups["embed"]:
+    for name in (n for group in CODED for n in flat.groups[group]):
         layout[name] = "int8", flat.shapes[name]
         layout[f"{name}.scale"] = "float16", flat.shapes[name][:1]
-    return dict(sorted(layout.items(), key=lambda item: (item[1][0], item[0])))
+    return in_file_order(layout)
 
 
 def check_made_for(container: Container, cfg: Config):
@@ -1971,8 +1975,8 @@ def evaluate(scorer: Scorer, plan: list[Chunk], learner: Frozen) -> Tally:
         span = dict(chunk=f"{i}/{len(plan)}", first=chunk.first, last=chunk.last)
         if learner.learns:
             log("score", **span, bpb=tally.total(dist)[1])
-        if learner.learns and i < len(plan):            # nothing is scored after the last chunk
-            log("update", **span, **learner.after(chunk))   # learn: the chunk has been scored
+            if i < len(plan):                           # nothing is scored after the last chunk
+                log("update", **span, **learner.after(chunk))       # learn: the chunk is scored
     return tally
 
 
@@ -2273,7 +2277,7 @@ def train(run: Run, state: TrainState, batches: Batches, budget: float) -> str:
 # Kernels: the MLP with its activation inside the products, and the passes around attention
 # ------------------------------------------------------------------------------------------------
 # In Triton, for GPUs of Hopper's size; elsewhere their twins run as PyTorch compiles them, which
-# takes about 2 % of a step more for each of the three (bench/RESULTS.md).  The MLP's product is
+# takes 2 to 5 % of a step more for each (bench/RESULTS.md).  The MLP's product is
 # built like the persistent one in Triton's documentation, with the activation applied where a tile
 # is finished.  Around attention a program works on ROWS positions of a head: b = ROWS in shapes.
 
@@ -2699,7 +2703,7 @@ def eval_stage(run: Run, weights: dict[str, Tensor], identity: Identity) -> dict
 
 def log_run(cfg: Config, dist: Dist, log: Log, chosen: list[str]):
     """Log versions, machine, the exact code, and every setting, overrides with a `*`."""
-    source, values = own_source().encode(), asdict(cfg)
+    source = own_source().encode()
     cpu = f"CPU, {torch.get_num_threads()} threads"
     log("run", program=Path(__file__).name, python=platform.python_version(),
         torch=torch.__version__, device=torch.cuda.get_device_name() if dist.on_cuda else cpu,
