@@ -34,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -48,6 +49,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
 try:
@@ -107,6 +109,8 @@ def find_problems(c):
              f"STAGES={c.stages}: must name some of train,quantize,eval in this order"),
             (c.loader not in ("coprime", "shuffled"),
              f"LOADER={c.loader}: must be one of coprime, shuffled"),
+            (c.flash_attn not in ("auto", "0", "4"),
+             f"FLASH_ATTN={c.flash_attn}: must be one of auto, 0, 4"),
             (not c.corpus, f"DATASET={c.dataset}: must begin with lower-case letters"),
             (not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", c.name),
              f"RUN_ID={c.name}: must be letters, digits and . _ - after the first"),
@@ -133,6 +137,7 @@ class Config:
     out_dir: str = "."  # folder of logs/ and runs/
     stages: str = "train,quantize,eval"  # stages to run; each reads the files of the one before
     compile_enabled: bool = True  # use torch.compile and Triton kernels on CUDA devices
+    flash_attn: str = "auto"  # FlashAttention: 4, 0 = PyTorch's attention, auto = 4 where it runs
     checkpoint_seconds: float = setting(0.0, low=0)  # checkpoint interval; 0 = only at the end
     resume: bool = False  # continue training from this run's checkpoint
     data_dir: str = "data"  # folder of datasets/<dataset>/ and tokenizers/
@@ -160,6 +165,7 @@ class Config:
     smear_channels: int = setting(0, low=0)  # SmearGate computed from this many channels; 0 = off
     head_gate_channels: int = setting(0, low=0)  # gate heads from this many channels; 0 = off
     two_lanes: int = setting(0, low=0)  # last layers with two residual lanes
+    documents: bool = False  # no attention between the documents of a window
     iterations: int = 20000  # maximum number of optimiser steps
     max_wallclock_seconds: float = setting(600.0, low=0)  # training + calibration; 0 = no limit
     train_batch_tokens: int = 786432  # tokens per step over all ranks
@@ -235,7 +241,7 @@ class Config:
 # original quantizes by another rule (percentile clips, LZMA); here every recipe uses one quantizer.
 GOLF = dict(
     num_heads=4, num_kv_heads=2, smear_channels=12, head_gate_channels=12, two_lanes=3,
-    looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, matrix_lr=0.03, tied_embed_lr=0.04,
+    documents=True, looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, matrix_lr=0.03, tied_embed_lr=0.04,
     beta2=0.99, muon_momentum=0.95, muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300)
 RECIPES = {
     "pr1876": {},
@@ -950,6 +956,8 @@ class Context(NamedTuple):
     cos: Tensor                     # (T, 1, R) of the rotation angles
     sin: Tensor
     values: Tensor | None           # (B, T, K, D) value embedding of #1060
+    mask: object                    # which positions attention sees, as `attend` takes it
+    attend: Callable                # of the attention backend
     tap: Callable | None            # tap(names, x) sees the input x of the matrices `names`
     fused: bool                     # run Triton kernels instead of their twins in PyTorch
 
@@ -1044,10 +1052,133 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, D)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal grouped-query attention: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+class Sdpa:
+    """PyTorch's attention; documents are a dense mask, too slow for GPUs."""
+    name = "sdpa"
+
+    def mask(self, tokens: Tensor, documents: bool) -> Tensor | None:
+        """What `attend` needs to know of tokens (B, T): nothing, or pairs that see each other."""
+        if not documents:
+            return None
+        document = (tokens == BOS).cumsum(1)                                        # (B, T)
+        return (document[:, None] == document[:, :, None]).tril()[:, None]          # (B, 1, T, T)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Causal grouped-query attention: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
+
+    def check(self):
+        """Raise GolfError if a batch so far was more than this attention can do."""
+
+
+class FlexAttention(Sdpa):
+    """PyTorch's compiled attention, which skips blocks of 128 positions without a common document.
+
+    Its mask is made outside of the graph that uses it: inside, torch 2.11 let go of the mask's
+    memory too early in passes without gradients.
+    """
+    name = "flex"
+
+    def __init__(self, compiled: Callable):
+        self.create = compiled(create_block_mask)
+
+    def mask(self, tokens: Tensor, documents: bool) -> BlockMask:
+        """Blocks that the queries of each block of tokens (B, T) see."""
+        document, (B, T) = (tokens == BOS).cumsum(1), tokens.shape
+
+        def visible(b, h, query, key):
+            return (query >= key) & (document[b, query] == document[b, key])
+        return self.create(visible, B, None, T, T, tokens.device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+        """As `Sdpa.attend`."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+class FlashAttention4(Sdpa):
+    """FlashAttention-4 over all documents of a batch, one after the other (arXiv:2603.05451).
+
+    Two custom operators keep the compiler out of it.  Raises ImportError without the package.
+    """
+    name = "flash4"
+    VERSION = "4.0.0b36"    # the operators call functions below its public ones
+
+    def __init__(self):
+        if (version := metadata.version("flash-attn-4")) != self.VERSION:
+            raise ImportError(f"flash-attn-4 {version}, not {self.VERSION}")
+        from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+        @torch.library.custom_op("golf::flash_forward", mutates_args=())
+        def forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+            out, lse, *_ = _flash_attn_fwd(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts,
+                                           causal=True, return_lse=True)
+            return out, lse
+
+        @forward.register_fake
+        def _(q, k, v, starts):
+            return q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+
+        @torch.library.custom_op("golf::flash_backward", mutates_args=())
+        def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                     starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+            _flash_attn_bwd(q, k, v, out, grad, lse, causal=True, cu_seqlens_q=starts,
+                            cu_seqlens_k=starts, dq=dq, dk=dk, dv=dv)
+            return dq, dk, dv
+
+        @backward.register_fake
+        def _(grad, q, k, v, out, lse, starts):
+            return tuple(torch.empty_like(x) for x in (q, k, v))
+
+        def save(ctx, inputs, output):
+            ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+
+        def differentiate(ctx, grad, _):
+            q, k, v, out, lse, starts = ctx.saved_tensors
+            return *backward(grad.contiguous(), q, k, v, out, lse, starts), None
+        forward.register_autograd(differentiate, setup_context=save)
+        self.forward, self.crowded = forward, torch.tensor(False)
+
+    def mask(self, tokens: Tensor, documents: bool) -> Tensor:
+        """Where documents of tokens (B, T) begin in the flattened batch, padded with its length."""
+        # Of fixed length, as graphs are: the backward pass clears memory for every entry.
+        n, room = tokens.numel(), 256 + tokens.numel() // 256
+        first = (tokens == BOS) & documents                                         # (B, T)
+        first[:, 0] = True                                  # windows do not see each other
+        first, at = first.flatten(), torch.arange(n, dtype=torch.int32, device=tokens.device)
+        slot = first.cumsum(0) - 1                          # of each token's document
+        self.crowded = self.crowded | (slot[-1] >= room)
+        slot = torch.where(first & (slot < room), slot, room + 1)
+        starts = torch.full((room + 2,), n, dtype=torch.int32, device=tokens.device)
+        return starts.scatter_(0, slot, at)[:-1]            # the last took all that begins nothing
+
+    def check(self):
+        """Raise GolfError if documents did not find room, and saw others; waits for the device."""
+        if self.crowded:
+            raise GolfError("FLASH_ATTN=4: a batch has more documents than one per 256 tokens; set "
+                            "FLASH_ATTN=0")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """As `Sdpa.attend`."""
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        return self.forward(*flat, mask)[0].view_as(q)
+
+
+def choose_attention(cfg: Config, dist: Dist, compiled: Callable) -> Sdpa:
+    """The fastest attention that this machine has; raises ConfigError if FLASH_ATTN=4 is not."""
+    if cfg.flash_attn != "0":
+        try:
+            if not dist.on_cuda or torch.cuda.get_device_capability()[0] < 9:
+                raise ImportError("it takes a GPU of Hopper's generation or later")
+            return FlashAttention4()
+        except ImportError as e:
+            if cfg.flash_attn == "4":
+                raise ConfigError(f"FLASH_ATTN=4: {e}; install flash-attn-4 as the README says, or "
+                                  "set FLASH_ATTN=0") from None
+    return FlexAttention(compiled) if dist.on_cuda and cfg.documents else Sdpa()
 
 
 def sdpa_backends(dist: Dist):
@@ -1086,7 +1217,7 @@ class Attention(nn.Module):
         q, k, v = split(qkv.view(B, T, -1, self.head_dim), self.q_gain, ctx.cos, ctx.sin)
         if self.value_gain is not None:                     # before XSA, which excludes this too
             v = v + self.value_gain.to(x.dtype) * ctx.values
-        y = attend(q, k, v)                                             # (B, T, H, D)
+        y = ctx.attend(q, k, v, ctx.mask)                               # (B, T, H, D)
         if self.xsa:
             y = (FusedExclusion.apply if ctx.fused else exclude_self)(y, v)
         if self.head_gate is not None:
@@ -1258,9 +1389,10 @@ class SoftcapNLL(torch.autograd.Function):
 class GPT(nn.Module):
     """The language model; its initial weights depend on cfg.seed alone."""
 
-    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, fused: bool = False):
+    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, fused: bool = False,
+                 attention: Sdpa | None = None):
         super().__init__()
-        self.cfg, self.dtype, self.fused = cfg, dtype, fused
+        self.cfg, self.dtype, self.fused, self.attention = cfg, dtype, fused, attention or Sdpa()
         rng = torch.Generator().manual_seed(int(hex_digest(cfg.seed, "weights")[:15], 16))
         table = torch.empty(cfg.vocab_size, cfg.model_dim)
         nn.init.normal_(table, std=cfg.tied_embed_init_std, generator=rng)
@@ -1294,14 +1426,18 @@ class GPT(nn.Module):
         Returns: (B, t) float32, or (B, T, C).
         """
         # build_run compiles both halves and not this: as one graph, scoring took twice as long.
-        hidden = self.hidden(tokens, looped)
+        hidden = self.hidden(tokens, self.mask(tokens), looped)
         if targets is None:
             return hidden
         if targets.size(1) < tokens.size(1):
             hidden = hidden[:, -targets.size(1):]
         return self.per_token_loss(hidden.float() if precise else hidden, targets)
 
-    def hidden(self, tokens: Tensor, looped: bool, tap: Callable | None = None) -> Tensor:
+    def mask(self, tokens: Tensor):
+        """What attention over tokens (B, T) sees; the same for all layers."""
+        return self.attention.mask(tokens, self.cfg.documents)
+
+    def hidden(self, tokens: Tensor, mask, looped: bool, tap: Callable | None = None) -> Tensor:
         """State of every position after the final norm, (B, T, C); `tap` as in Context."""
         T, extras, values = tokens.size(1), self.extras, None
         x = F.embedding(tokens, self.tok_emb)                                       # (B, T, C)
@@ -1313,7 +1449,8 @@ class GPT(nn.Module):
         x = rms_norm(x)
         if extras is not None:
             x, values = extras.smear(x, tokens), extras.values(tokens, x.dtype)
-        ctx = Context(x, self.cos[:T], self.sin[:T], values, tap, self.fused and tap is None)
+        ctx = Context(x, self.cos[:T], self.sin[:T], values, mask, self.attention.attend, tap,
+                      self.fused and tap is None)
         hidden = rms_norm(self.run_layers(x, ctx, looped))
         if tap is not None:
             tap(["tok_emb"], hidden)
@@ -1345,10 +1482,10 @@ class GPT(nn.Module):
         logits = F.linear(hidden, self.tok_emb.to(hidden.dtype))                    # (B, t, V)
         return SoftcapNLL.apply(logits, targets, self.cfg.logit_softcap)
 
-    def capture_linear_inputs(self, tokens: Tensor, looped: bool) -> list[tuple[list, Tensor]]:
+    def capture_linear_inputs(self, tokens: Tensor, mask, looped: bool) -> list:
         """(names, input (B, T, I)) of the matrices in a pass, in the order they run."""
         seen = []
-        self.hidden(tokens, looped, lambda names, x: seen.append((names, x)))
+        self.hidden(tokens, mask, looped, lambda names, x: seen.append((names, x)))
         return seen
 
 
@@ -2044,7 +2181,7 @@ class Run(NamedTuple):
     model: GPT
     flat: Flat
     forward: Callable       # model.forward, whose two halves are compiled on CUDA
-    capture: Callable       # model.capture_linear_inputs, likewise
+    capture: Callable       # model.capture_linear_inputs with its mask, likewise
 
 
 def build_run(cfg: Config, dist: Dist, log: Log) -> Run:
@@ -2053,11 +2190,15 @@ def build_run(cfg: Config, dist: Dist, log: Log) -> Run:
     if cfg.batch_seqs % dist.world:
         raise ConfigError(f"WORLD_SIZE={dist.world} does not divide the {cfg.batch_seqs} sequences "
                           f"of TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}; change one of them")
-    model = GPT(cfg, dist.dtype, kernels_fit(cfg, dist))
-    flat, compiled = Flat(model, dist.device), compiler(cfg, dist)
-    capture = compiled(model.capture_linear_inputs)
+    compiled = compiler(cfg, dist)
+    attention = choose_attention(cfg, dist, compiled)
+    model = GPT(cfg, dist.dtype, kernels_fit(cfg, dist), attention)
+    flat, inputs = Flat(model, dist.device), compiled(model.capture_linear_inputs)
+
+    def capture(tokens: Tensor, looped: bool) -> list:
+        return inputs(tokens, model.mask(tokens), looped)
     model.hidden, model.per_token_loss = compiled(model.hidden), compiled(model.per_token_loss)
-    log("model", params=len(flat.data), kernels=model.fused)
+    log("model", params=len(flat.data), kernels=model.fused, attention=attention.name)
     for name, names in flat.groups.items():
         log("group", name=name, optimizer="muon" if name == "muon" else "adamw",
             tensors=len(names), params=len(flat.part(flat.data, name)))
@@ -2248,6 +2389,7 @@ def train(run: Run, state: TrainState, batches: Batches, budget: float) -> str:
             if not (done or log_due or late or state.step == first):
                 continue
             loss = run.flat.loss.item()                     # waits for the device
+            run.model.attention.check()
             now, asked = dist.all_reduce_max(clock.elapsed(), stop.asked)
             step_seconds = (now - read[1]) / (state.step - read[0])
             read, state.seconds, state.loader = (state.step, now), now, batches.state

@@ -155,7 +155,7 @@ def products(run: Run, looped: bool) -> list[Product]:
 
     tokens = torch.zeros(1, min(run.cfg.seq_len, 128), dtype=torch.int64, device=run.rt.dist.device)
     with torch.no_grad():
-        run.model.hidden(tokens, looped, note)
+        run.model.hidden(tokens, run.model.mask(tokens), looped, note)
     return found
 
 
@@ -306,8 +306,9 @@ def attention_work(bench: Bench) -> Callable:
         torch.randn(*tokens.shape, heads, cfg.head_dim, device=dist.device, dtype=dist.dtype)
         for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads, cfg.num_heads))
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    attend = train_gpt.compiler(cfg, dist)(train_gpt.attend)
-    return lambda: torch.autograd.grad(attend(*inputs), inputs, grad)
+    attend = train_gpt.compiler(cfg, dist)(bench.run.model.attention.attend)
+    mask = bench.run.model.mask(tokens)
+    return lambda: torch.autograd.grad(attend(*inputs, mask), inputs, grad)
 
 
 def product_work(bench: Bench, shape: tuple[int, int]) -> Callable:
