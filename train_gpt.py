@@ -42,6 +42,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # imports take seconds; see main()
 
 import brotli
+import constriction
 import numpy as np
 import torch
 import torch.distributed
@@ -1699,12 +1700,14 @@ def next_clip(clip: float, spare: int, weights: int) -> float:
 # Artifact: one deterministic file that holds tensors and nothing that could be executed
 # ------------------------------------------------------------------------------------------------
 # magic | header length | SHA-256 of all that follows | Brotli JSON header | segments of a codec.
+# Codes of matrices are normal to within 0.01 bit, so a table of counts for each size of them is all
+# that a coder can know; the ranges are constriction's (Bamler, arXiv:2201.01741).
 # A damaged file fails its digest, a file of another model fails the comparison of its listing;
 # both are found before a tensor is decoded.  Files forged with valid digests are not defended
 # against beyond that: nothing in a file is executed.
 
-MAGIC = b"GOLF\x00\x02\r\n"
-SEGMENT_BYTES = 1 << 22
+MAGIC = b"GOLF\x00\x03\r\n"
+SIZES_PER_OCTAVE = 3        # of the rows and columns of codes; finer ones cost more than they save
 
 
 def tensor_bytes(tensors: dict[str, Tensor], shuffle: bool) -> bytes:
@@ -1745,27 +1748,6 @@ def brotli_decompress(data: bytes, limit: int) -> bytes:
     return out
 
 
-def encode_brotli(tensors: dict[str, Tensor]) -> list[bytes]:
-    """Brotli over segments of 4 MB, in parallel."""
-    raw = tensor_bytes(tensors, shuffle=True)
-    cuts = [raw[i:i + SEGMENT_BYTES] for i in range(0, len(raw), SEGMENT_BYTES)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(partial(brotli.compress, quality=11, lgwin=24), cuts))
-
-
-def decode_brotli(segments: list[bytes], layout: dict) -> dict[str, Tensor]:
-    """Inverse of `encode_brotli`."""
-    raw = b"".join(brotli_decompress(s, SEGMENT_BYTES) for s in segments)
-    return bytes_to_tensors(raw, layout, shuffle=True)
-
-
-# name -> (encode: tensors to segments, decode: segments and layout to tensors)
-CODECS = dict(                                              # raw: for checkpoints
-    raw=(lambda tensors: [tensor_bytes(tensors, shuffle=False)],
-         lambda segments, layout: bytes_to_tensors(b"".join(segments), layout, shuffle=False)),
-    brotli=(encode_brotli, decode_brotli))
-
-
 def in_file_order(layout: dict) -> dict:
     """{name: (dtype, shape)} sorted by dtype and name, the order in which files hold tensors."""
     return dict(sorted(layout.items(), key=lambda item: (item[1][0], item[0])))
@@ -1774,6 +1756,94 @@ def in_file_order(layout: dict) -> dict:
 def layout_of(tensors: dict[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{name: (dtype, shape)} of tensors, in the order in which files hold them."""
     return in_file_order({n: (str(t.dtype)[6:], tuple(t.shape)) for n, t in tensors.items()})
+
+
+def split_layout(layout: dict) -> tuple[dict, dict]:
+    """{name: shape} of the matrices of codes in a layout, and a layout of what Brotli holds.
+
+    That is all else, the sizes (`code_sizes`) of every matrix's rows and columns as (name, 0) and
+    (name, 1), and the count of every code in every class as ().
+    """
+    coded = {n: shape for n, (dtype, shape) in layout.items() if (dtype, len(shape)) == ("int8", 2)}
+    rest = {n: entry for n, entry in layout.items() if n not in coded}
+    rest |= {(n, i): ("int8", (length,)) for n, shape in coded.items()
+             for i, length in enumerate(shape)}
+    return coded, {**rest, (): ("int32", (256, 256))}
+
+
+def code_sizes(codes: np.ndarray) -> list[np.ndarray]:
+    """Root mean squares of the rows (O,) of codes (O, I), and of its columns (I,) relative to them.
+
+    In int8, as logarithms, SIZES_PER_OCTAVE to a doubling.
+    """
+    power, sizes = np.square(codes, dtype=np.float64), []
+    for axis in (1, 0):
+        mean = power.sum(axis, keepdims=True) / max(codes.shape[axis], 1) + 1e-6
+        sizes.append(np.rint(SIZES_PER_OCTAVE / 2 * np.log2(mean)).astype(np.int8).ravel())
+        power /= mean
+    return sizes
+
+
+def class_order(coded: dict, small: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Classes (uint8) of all codes, matrix after matrix, and the places of the codes by class.
+
+    A code's class is the size of its row plus that of its column: what size to expect of it.
+    """
+    classes = [np.add.outer(small[n, 0].numpy(), small[n, 1].numpy()).ravel() for n in coded]
+    classes = np.concatenate([np.empty(0, np.int8), *classes]).view(np.uint8)
+    return classes, classes.argsort(kind="stable")
+
+
+def class_models(counts: np.ndarray):
+    """Yield (slice of the codes in order of their class, their distribution) for each class used.
+
+    Counts are whole numbers, so that every machine computes the same distributions from them.
+    """
+    ends = counts.sum(1).cumsum()
+    for start, end, row in zip(ends - counts.sum(1), ends, counts.astype(np.float64)):
+        if end > start:
+            yield slice(start, end), constriction.stream.model.Categorical(row, perfect=False)
+
+
+def encode_range(tensors: dict[str, Tensor]) -> list[bytes]:
+    """Matrices of codes by a range coder, which needs little more than their entropy by class."""
+    coded, rest = split_layout(layout_of(tensors))
+    arrays = [tensors[n].detach().cpu().numpy() for n in coded]
+    small = {n: tensors[n] for n in rest if n in tensors}
+    for n, codes in zip(coded, arrays):
+        small |= {(n, i): torch.from_numpy(sizes) for i, sizes in enumerate(code_sizes(codes))}
+    classes, order = class_order(coded, small)
+    codes = np.concatenate([np.empty(0, np.int8), *map(np.ravel, arrays)]).view(np.uint8)
+    pairs = np.bincount(classes * np.int64(256) + codes, minlength=1 << 16).astype(np.int32)
+    small[()] = torch.from_numpy(pairs)
+    coder, codes = constriction.stream.queue.RangeEncoder(), codes[order].astype(np.int32)
+    for part, model in class_models(pairs.reshape(256, 256)):
+        coder.encode(codes[part], model)
+    return [brotli.compress(tensor_bytes(small, shuffle=True)),
+            coder.get_compressed().astype("<u4").tobytes()]
+
+
+def decode_range(segments: list[bytes], layout: dict) -> dict[str, Tensor]:
+    """Inverse of `encode_range`."""
+    coded, rest = split_layout(layout)
+    length = sum(getattr(torch, dtype).itemsize * math.prod(shape) for dtype, shape in rest.values())
+    small = bytes_to_tensors(brotli_decompress(segments[0], length), rest, shuffle=True)
+    order = class_order(coded, small)[1]
+    codes = np.empty(len(order), np.uint8)
+    words = np.frombuffer(segments[1], "<u4").astype(np.uint32)
+    coder = constriction.stream.queue.RangeDecoder(words)
+    for part, model in class_models(small[()].numpy()):
+        codes[order[part]] = coder.decode(model, part.stop - part.start)
+    parts = torch.from_numpy(codes.view(np.int8)).split([math.prod(s) for s in coded.values()])
+    small |= {n: part.clone().view(shape) for (n, shape), part in zip(coded.items(), parts)}
+    return {n: small[n] for n in layout}
+
+
+# name -> (encode: tensors to segments, decode: segments and layout to tensors)
+CODECS = dict(                                              # raw: for checkpoints
+    raw=(lambda tensors: [tensor_bytes(tensors, shuffle=False)],
+         lambda segments, layout: bytes_to_tensors(b"".join(segments), layout, shuffle=False)),
+    range=(encode_range, decode_range))
 
 
 def pack_tensors(kind: str, meta: dict, tensors: dict[str, Tensor], codec: str) -> list[bytes]:
@@ -2571,7 +2641,7 @@ def fit_artifact(run: Run, state: TrainState, hessians: dict, identity: Identity
         started = time.perf_counter()
         tensors, rows = quantize_model(cfg, flat, state.ema, hessians, clip, log)
         quantized = time.perf_counter()
-        parts = pack_tensors("artifact", meta, tensors, "brotli")
+        parts = pack_tensors("artifact", meta, tensors, "range")
         size = sum(map(len, parts))
         log("compress", attempt=attempt, matrix_clip_sigmas=clip, model_bytes=size,
             total_bytes=size + code, gptq_s=quantized - started,
