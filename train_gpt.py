@@ -84,7 +84,7 @@ def setting(default, low: float | None = None, below: float = 1 << 60):
 # A field's place in Config gives its group: from a field named here to the next one.  The groups
 # "model" and "scoring" travel in the artifact; another model is refused.
 GROUPS = dict(recipe="run", data_dir="data", vocab_size="model", iterations="training",
-              tied_embed_lr="optimizer", matrix_bits="quantization", eval_stride="scoring")
+              tied_embed_lr="optimizer", code_step="quantization", eval_stride="scoring")
 DIVISORS = (("num_heads", "model_dim"), ("num_kv_heads", "num_heads"), ("eval_stride", "seq_len"),
             ("seq_len", "train_batch_tokens"), ("seq_len", "ttt_chunk_tokens"))
 
@@ -186,10 +186,8 @@ class Config:
     muon_momentum_warmup_steps: int = 1500  # upper bound of that warm-up
     muon_row_normalize: bool = True  # normalise rows of the update before orthogonalisation
     grad_clip_norm: float = setting(0.3, low=0)  # clip the global gradient norm to this; 0 = off
-    matrix_bits: int = setting(6, low=2, below=9)  # bits of a matrix code
-    embed_bits: int = setting(8, low=2, below=9)  # bits of an embedding code
-    matrix_clip_sigmas: float = setting(0.0, low=0)  # clip point in row std; 0 = fit target_bytes
-    embed_clip_sigmas: float = 20.0  # clip point of the embedding in row std
+    code_step: float = setting(0.0, low=0)  # rounding step in row std, typical; 0 fits target_bytes
+    embed_step: float = setting(0.15748, low=0)  # the embedding's; 0 = all steps by their damage
     gptq_calibration_batches: int = 64  # maximum batches of calibration
     gptq_damping: float = 0.01  # added to a Hessian's diagonal, relative to its mean
     target_bytes: int = 16000000  # size limit of code and model together
@@ -237,7 +235,8 @@ class Config:
 GOLF = dict(
     num_heads=4, num_kv_heads=2, smear_channels=12, head_gate_channels=12, two_lanes=3,
     looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, matrix_lr=0.03, tied_embed_lr=0.04,
-    beta2=0.99, muon_momentum=0.95, muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300)
+    beta2=0.99, muon_momentum=0.95, muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300,
+    embed_step=0.0)
 RECIPES = {
     "pr1876": {},
     "pr1858": dict(ttt_epochs=2),
@@ -255,7 +254,7 @@ RECIPES = {
         smear_channels=12, head_gate_channels=12, two_lanes=1, max_wallclock_seconds=90.0,
         train_batch_tokens=1024, warmup_steps=3, warmdown_frac=0.85, min_lr=0.05,
         tied_embed_lr=0.06, matrix_lr=0.02, beta2=0.99, muon_momentum=0.95,
-        muon_momentum_warmup_frac=0.15, matrix_clip_sigmas=12.85, ttt_chunk_tokens=4096),
+        muon_momentum_warmup_frac=0.15, code_step=0.45, embed_step=0.0, ttt_chunk_tokens=4096),
 }
 
 # Names that the challenge's own scripts read, with the setting that does their work here.
@@ -1527,13 +1526,20 @@ class Schedule:
 # ------------------------------------------------------------------------------------------------
 # Quantization: round each matrix to a few bits, pushing every column's error into later columns
 # ------------------------------------------------------------------------------------------------
-# Frantar et al., GPTQ, ICLR 2023, with act-order, and a step of k standard deviations per row
-# (parameter-golf #1394).  Hessians come from training batches: validation text is off limits here.
+# Frantar et al., GPTQ, ICLR 2023, with act-order.  Hessians come from training batches: validation
+# text is off limits here.  The seeds' steps are multiples of a row's standard deviation (#1394).
+# Ours are c / g with one c for the whole model, g being the size of the row's gradient: errors of
+# size e in a row add (g e)^2 / 2 to the loss, up to a factor that all rows share, as the squares of
+# gradients estimate its curvature (Fisher's information); so a bit buys the same everywhere.
 # Matrices of one shape are quantized together: the loop over columns is the slow part, and its
 # length does not depend on the number of matrices.
 
 LOOKUP_TABLES = "extras.pair_emb", "extras.value_emb"       # no product reads them: no Hessian
 GPTQ_BLOCK = 128            # columns between two large updates; changes speed, not results
+MOST_CODE = 127             # codes are int8
+GRADIENT_BATCHES = 8        # batches whose gradients say how harmful errors are
+LEAST_GRADIENT = 0.3        # of a row, over the root mean square of its matrix's
+STEPS_PER_OCTAVE = 8        # finer steps cost more than they save
 
 def micro_batches(rows: Tensor, most: int) -> tuple[Tensor, ...]:
     """Equal parts of rows (B, T + 1), each of at most `most` sequences."""
@@ -1541,6 +1547,32 @@ def micro_batches(rows: Tensor, most: int) -> tuple[Tensor, ...]:
     return rows.split(max(d for d in range(1, min(B, most) + 1) if B % d == 0))
 
 
+def calibration_batches(rt: Runtime, batches, count: int, seconds: float):
+    """Yield this rank's part of `count` batches, fewer if the next one would end past `seconds`."""
+    started = time.perf_counter()
+    for done in rt.log.track(range(1, count + 1), "calibrating", count):
+        yield batches.next()
+        rt.dist.barrier()
+        spent = rt.dist.all_reduce_max(time.perf_counter() - started)[0]
+        if spent * (done + 1) / done > seconds:
+            break
+
+
+def collect_gradients(cfg: Config, rt: Runtime, flat: Flat, forward: Callable, batches,
+                      seconds: float = math.inf) -> dict[str, Tensor]:
+    """Size (O,) of every coded row's gradient: root mean square, summed over micro-batches.
+
+    These are from GRADIENT_BATCHES global batches, or what `calibration_batches` makes of them;
+    `forward` maps tokens and targets to nats.
+    """
+    power = torch.zeros_like(flat.grad)
+    for batch in calibration_batches(rt, batches, GRADIENT_BATCHES, seconds):
+        for rows in micro_batches(batch, cfg.micro_batch_seqs):
+            flat.buffer.zero_()
+            forward(rows[:, :-1], rows[:, 1:]).mean().backward()
+            power += flat.grad.square()
+    named = flat.named(rt.dist.all_reduce_(power))
+    return {n: named[n].mean(1).sqrt() for group in CODED for n in flat.groups[group]}
 
 
 @torch.no_grad()
@@ -1548,21 +1580,16 @@ def collect_hessians(cfg: Config, rt: Runtime, capture: Callable, batches, count
                      seconds: float = math.inf) -> dict[str, Tensor]:
     """Sum of x x^T (I, I) float32 over the inputs x of every matrix in `count` global batches.
 
-    Stops before the batch that would take it past `seconds`.  Matrices with one input share one
-    tensor; a layer that runs several times counts every pass.  `capture` maps tokens to inputs.
+    Or in what `calibration_batches` makes of them.  Matrices with one input share one tensor; a
+    layer that runs several times counts every pass.  `capture` maps tokens to inputs.
     """
-    sums, started = {}, time.perf_counter()
-    wide = {} if rt.dist.dtype == torch.float32 else dict(out_dtype=torch.float32)
-    for done in rt.log.track(range(1, count + 1), "calibrating", count):
-        for rows in micro_batches(batches.next(), cfg.micro_batch_seqs):
+    sums, wide = {}, {} if rt.dist.dtype == torch.float32 else dict(out_dtype=torch.float32)
+    for batch in calibration_batches(rt, batches, count, seconds):
+        for rows in micro_batches(batch, cfg.micro_batch_seqs):
             for names, x in capture(rows[:, :-1]):
                 x, key = x.flatten(0, 1), tuple(names)
                 gram = torch.mm(x.mT, x, **wide)                                    # (I, I)
                 sums[key] = sums[key].add_(gram) if key in sums else gram
-        rt.dist.barrier()
-        spent = rt.dist.all_reduce_max(time.perf_counter() - started)[0]
-        if spent * (done + 1) / done > seconds:
-            break
     for H in sums.values():
         rt.dist.all_reduce_(H)
     return {name: H for names, H in sums.items() for name in names}
@@ -1587,28 +1614,28 @@ def inverse_factor(H: Tensor, damping: float, name: str, log: Log) -> Tensor:
                     f"{H.size(1)}, damping {strength:g}); raise GPTQ_DAMPING (now {damping:g})")
 
 
-def gptq(W: Tensor, U: Tensor, scale: Tensor, qmax: int) -> Tensor:
+def gptq(W: Tensor, U: Tensor, step: Tensor) -> Tensor:
     """Codes (N, O, I) int8 of W (N, O, I): each column's rounding error goes to later columns.
 
-    Args: U (N, I, I) from `inverse_factor`; scale (N, O) of a code; |code| <= qmax.
+    Args: U (N, I, I) from `inverse_factor`; step (N, O) of a row's codes.
     """
     W, Q, I = W.clone(), torch.empty_like(W, dtype=torch.int8), W.size(2)
     for lo in range(0, I, GPTQ_BLOCK):
         hi = min(lo + GPTQ_BLOCK, I)
         errors = torch.zeros_like(W[..., lo:hi])                                    # (N, O, b)
         for j in range(lo, hi):
-            q = (W[..., j] / scale).round().clamp(-qmax, qmax)                      # (N, O)
-            e = (W[..., j] - q * scale) / U[:, j, j, None]
+            q = (W[..., j] / step).round().clamp(-MOST_CODE, MOST_CODE)             # (N, O)
+            e = (W[..., j] - q * step) / U[:, j, j, None]
             W[..., j:hi] -= e[..., None] * U[:, None, j, j:hi]
             errors[..., j - lo], Q[..., j] = e, q
         W[..., hi:] -= errors @ U[:, lo:hi, hi:]        # later blocks: one product
     return Q
 
 
-def quantize_stack(W: Tensor, H: Tensor, scale: Tensor, qmax: int, invert: Callable) -> Tensor:
+def quantize_stack(W: Tensor, H: Tensor, step: Tensor, invert: Callable) -> Tensor:
     """Codes (N, O, I) int8 of a stack by GPTQ, columns in order of falling diag(H).
 
-    Args: W (N, O, I) float32; H (N, I, I), a zero diagonal (dead input) is fine; scale (N, O);
+    Args: W (N, O, I) float32; H (N, I, I), a zero diagonal (dead input) is fine; step (N, O);
         `invert` is `inverse_factor` of this stack.
     """
     power = H.diagonal(dim1=1, dim2=2)                                              # (N, I)
@@ -1618,24 +1645,47 @@ def quantize_stack(W: Tensor, H: Tensor, scale: Tensor, qmax: int, invert: Calla
     order = power.argsort(dim=1, descending=True, stable=True)                      # (N, I)
     W = W.gather(2, order[:, None].expand_as(W))
     H = H.gather(1, order[:, :, None].expand_as(H)).gather(2, order[:, None].expand_as(H))
-    Q = gptq(W, invert(H), scale, qmax)
+    Q = gptq(W, invert(H), step)
     return Q.gather(2, order.argsort(1)[:, None].expand_as(Q))
 
 
-def row_scales(W: Tensor, qmax: int, clip_sigmas: float, name: str) -> Tensor:
-    """Scale (N, O) float16 of each row of W (N, O, I), with code qmax at clip_sigmas row std.
+def wanted_steps(cfg: Config, flat: Flat, weights: Tensor, gradients: dict[str, Tensor],
+                 step: float) -> dict[str, Tensor]:
+    """Step (O,) of every coded row of flat `weights` by the recipe's rule.
 
-    We clip many standard deviations out, so most 6-bit codes are near zero and compress to about
-    3.3 bits; a finer step costs bytes (#1394).  Raises GolfError for rows beyond float16's range.
+    Args: gradients (O,) as of `collect_gradients`; step in standard deviations of a typical row.
     """
-    deviation = W.std(2)
-    step = (clip_sigmas / qmax * deviation).half()
-    empty = (W == 0).all(2)                                 # a row of zeros: any step will do
-    bad = ~empty & ~((step > 0) & step.isfinite())
-    if bad.any():
-        raise GolfError(f"{name}: a row has a standard deviation of {deviation[bad][0].item():g}, "
-                        "outside the range of a float16 step; train longer or lower MATRIX_LR")
-    return step.masked_fill(empty, 1.0)
+    named = flat.named(weights)
+    deviation = {n: named[n].std(1) for group in CODED for n in flat.groups[group]}
+    if cfg.embed_step:
+        return {n: d * (cfg.embed_step if n in flat.groups["embed"] else step)
+                for n, d in deviation.items()}
+    # What few tokens say about a row with small gradients is noise: it gets some of the others'.
+    harm = {n: g.clamp_min(LEAST_GRADIENT * g.square().mean().sqrt()) for n, g in gradients.items()}
+    logs = torch.cat([(harm[n] * deviation[n]).log() for n in flat.groups["muon"]])
+    typical = logs[logs.isfinite()].mean().exp()
+    return {n: step * typical / h for n, h in harm.items()}
+
+
+def stored_steps(logs: Tensor) -> Tensor:
+    """Steps float32 of the int8 logarithms that an artifact holds."""
+    return torch.exp2(logs.double() / STEPS_PER_OCTAVE - 10).float()
+
+
+def round_steps(W: Tensor, step: Tensor, name: str) -> Tensor:
+    """Logarithms (N, O) int8 of the steps for rows of W (N, O, I): see `stored_steps`.
+
+    They are nearest to `step` (N, O), but not so fine that a code would leave int8.  Raises
+    GolfError for rows too small or too large for such steps.
+    """
+    largest = W.abs().amax(2)
+    finest, logs = (STEPS_PER_OCTAVE * (s.log2() + 10) for s in (largest / MOST_CODE, step))
+    logs = torch.maximum(finest.ceil(), logs.round().clamp(max=127))
+    logs = logs.masked_fill(largest == 0, 0.0)              # a row of zeros: any step will do
+    if (bad := ~((logs >= -128) & (logs <= 127))).any():
+        raise GolfError(f"{name}: a row of weights up to {largest[bad][0].item():g} is outside the "
+                        "range of steps; train longer or lower MATRIX_LR")
+    return logs.to(torch.int8)
 
 
 def entropy_bytes(codes: Tensor) -> float:
@@ -1646,30 +1696,27 @@ def entropy_bytes(codes: Tensor) -> float:
 
 
 def quantize_model(cfg: Config, flat: Flat, weights: Tensor, hessians: dict[str, Tensor],
-                   clip_sigmas: float, log: Log) -> tuple[dict[str, Tensor], list[dict]]:
+                   steps: dict[str, Tensor], log: Log) -> tuple[dict[str, Tensor], list[dict]]:
     """Quantize flat `weights`: the artifact's tensors by name, and a dict of errors per matrix."""
     named = flat.named(weights)
     tensors, rows = {n: named[n].half() for n in flat.uncoded()}, []
-    stacks = [(names, W, cfg.matrix_bits, clip_sigmas) for names, W in flat.stacks(weights)]
-    stacks += [([n], named[n][None], cfg.embed_bits, cfg.embed_clip_sigmas)
-               for n in flat.groups["embed"]]
-    for names, W, bits, clip in log.track(stacks, "quantizing", len(stacks)):
+    stacks = flat.stacks(weights) + [([n], named[n][None]) for n in flat.groups["embed"]]
+    for names, W in log.track(stacks, "quantizing", len(stacks)):
         if missing := [n for n in names if n not in hessians and n not in LOOKUP_TABLES]:
             raise GolfError(f"{missing[0]}: calibration saw no input of this matrix")
         # GPTQ with the identity is plain rounding.
         eye = torch.eye(W.size(2), device=W.device)
         H = torch.stack([eye if n in LOOKUP_TABLES else hessians[n] for n in names])
-        qmax = 2 ** (bits - 1) - 1
-        scale = row_scales(W, qmax, clip, names[0])
+        logs = round_steps(W, torch.stack([steps[n] for n in names]), names[0])
         invert = partial(inverse_factor, damping=cfg.gptq_damping, name=names[0], log=log)
-        Q = quantize_stack(W, H, scale.float(), qmax, invert)
-        for name, w, q, s in zip(names, W, Q, scale):
-            tensors[name], tensors[f"{name}.scale"] = q, s
+        Q = quantize_stack(W, H, stored_steps(logs), invert)
+        for name, w, q, e in zip(names, W, Q, logs):
+            tensors[name], tensors[f"{name}.step"] = q, e
             variance = w.var().clamp_min(torch.finfo(w.dtype).tiny)         # of a matrix of zeros
-            mse = ((w - q * s.float()[:, None]).square().mean() / variance).item()
-            clipped = (q.abs() == qmax).float().mean().item()
-            rows.append(dict(name=name, bits=bits, clip_sigmas=clip, mse=mse, clip_frac=clipped,
-                             entropy_bytes=round(entropy_bytes(q))))
+            mse = ((w - q * stored_steps(e)[:, None]).square().mean() / variance).item()
+            size = entropy_bytes(q)
+            rows.append(dict(name=name, bits=8 * size / q.numel(), mse=mse,
+                             entropy_bytes=round(size)))
     return tensors, rows
 
 
@@ -1677,23 +1724,23 @@ def dequantize(tensors: dict[str, Tensor], flat: Flat):
     """Write the weights that an artifact's tensors stand for into the model behind `flat`."""
     for name, w in flat.named(flat.data).items():
         value = tensors[name].to(w.device).float()
-        if f"{name}.scale" in tensors:
-            value *= tensors[f"{name}.scale"].to(w.device).float()[:, None]
+        if f"{name}.step" in tensors:
+            value *= stored_steps(tensors[f"{name}.step"].to(w.device))[:, None]
         w.copy_(value)
 
 
-FIRST_CLIP, LEAST_CLIP, MOST_CLIPS = 12.85, 4.0, 6          # row std, row std, attempts
-CLIP_SLACK = 20_000                                         # bytes that may stay unused
+FIRST_STEP, LEAST_STEP, MOST_TRIES = 0.45, 0.1, 6           # row std, row std, attempts
+STEP_SLACK = 2_000                                          # bytes that may stay unused
 
 
-def next_clip(clip: float, spare: int, weights: int) -> float:
-    """The clip point to try after `clip` left `spare` bytes (negative: too large).
+def next_step(step: float, spare: int, weights: int) -> float:
+    """The step to try after `step` left `spare` bytes (negative: too large).
 
     A code of step s has entropy h - log2(s) bits, so `weights` codes shrink by weights / 8 bytes
-    when the step doubles.  Leaving a quarter of the slack free aims at spare = CLIP_SLACK / 4.
+    when the step doubles.  The aim is the middle of the slack.
     """
-    doublings = 8 * (CLIP_SLACK / 4 - spare) / weights
-    return max(LEAST_CLIP, clip * 2 ** min(doublings, 8))
+    doublings = 8 * (STEP_SLACK / 2 - spare) / weights
+    return max(LEAST_STEP, step * 2 ** min(doublings, 8))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1784,41 +1831,40 @@ def code_sizes(codes: np.ndarray) -> list[np.ndarray]:
     return sizes
 
 
-def class_order(coded: dict, small: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Classes (uint8) of all codes, matrix after matrix, and the places of the codes by class.
+def places_by_class(rows: np.ndarray, columns: np.ndarray):
+    """Yield (class, places in the flattened matrix of its codes), by sizes as of `code_sizes`.
 
-    A code's class is the size of its row plus that of its column: what size to expect of it.
+    A code's class is the size of its row plus that of its column: the size to expect of it.
     """
-    classes = [np.add.outer(small[n, 0].numpy(), small[n, 1].numpy()).ravel() for n in coded]
-    classes = np.concatenate([np.empty(0, np.int8), *classes]).view(np.uint8)
-    return classes, classes.argsort(kind="stable")
+    classes = np.add.outer(rows, columns).view(np.uint8).ravel()
+    ends = np.bincount(classes, minlength=256).cumsum()
+    for c, places in enumerate(np.split(classes.argsort(kind="stable"), ends[:-1])):
+        if len(places):
+            yield c, places
 
 
-def class_models(counts: np.ndarray):
-    """Yield (slice of the codes in order of their class, their distribution) for each class used.
-
-    Counts are whole numbers, so that every machine computes the same distributions from them.
-    """
-    ends = counts.sum(1).cumsum()
-    for start, end, row in zip(ends - counts.sum(1), ends, counts.astype(np.float64)):
-        if end > start:
-            yield slice(start, end), constriction.stream.model.Categorical(row, perfect=False)
+def class_models(counts: np.ndarray) -> dict:
+    """The distribution of codes in each class, by counts (class, code): exact on every machine."""
+    return {c: constriction.stream.model.Categorical(row.astype(np.float64), perfect=False)
+            for c, row in enumerate(counts) if row.any()}
 
 
 def encode_range(tensors: dict[str, Tensor]) -> list[bytes]:
     """Matrices of codes by a range coder, which needs little more than their entropy by class."""
     coded, rest = split_layout(layout_of(tensors))
-    arrays = [tensors[n].detach().cpu().numpy() for n in coded]
     small = {n: tensors[n] for n in rest if n in tensors}
-    for n, codes in zip(coded, arrays):
-        small |= {(n, i): torch.from_numpy(sizes) for i, sizes in enumerate(code_sizes(codes))}
-    classes, order = class_order(coded, small)
-    codes = np.concatenate([np.empty(0, np.int8), *map(np.ravel, arrays)]).view(np.uint8)
-    pairs = np.bincount(classes * np.int64(256) + codes, minlength=1 << 16).astype(np.int32)
-    small[()] = torch.from_numpy(pairs)
-    coder, codes = constriction.stream.queue.RangeEncoder(), codes[order].astype(np.int32)
-    for part, model in class_models(pairs.reshape(256, 256)):
-        coder.encode(codes[part], model)
+    counts, parts = np.zeros((256, 256), np.int32), []
+    for n in coded:
+        codes = tensors[n].detach().cpu().numpy()
+        sizes = code_sizes(codes)
+        small |= {(n, i): torch.from_numpy(size) for i, size in enumerate(sizes)}
+        for c, places in places_by_class(*sizes):
+            parts.append((c, codes.ravel().view(np.uint8)[places].astype(np.int32)))
+            counts[c] += np.bincount(parts[-1][1], minlength=256)
+    small[()] = torch.from_numpy(counts)
+    coder, models = constriction.stream.queue.RangeEncoder(), class_models(counts)
+    for c, part in parts:
+        coder.encode(part, models[c])
     return [brotli.compress(tensor_bytes(small, shuffle=True)),
             coder.get_compressed().astype("<u4").tobytes()]
 
@@ -1826,17 +1872,16 @@ def encode_range(tensors: dict[str, Tensor]) -> list[bytes]:
 def decode_range(segments: list[bytes], layout: dict) -> dict[str, Tensor]:
     """Inverse of `encode_range`."""
     coded, rest = split_layout(layout)
-    length = sum(getattr(torch, dtype).itemsize * math.prod(shape) for dtype, shape in rest.values())
-    small = bytes_to_tensors(brotli_decompress(segments[0], length), rest, shuffle=True)
-    order = class_order(coded, small)[1]
-    codes = np.empty(len(order), np.uint8)
+    length = sum(getattr(torch, kind).itemsize * math.prod(shape) for kind, shape in rest.values())
+    tensors = bytes_to_tensors(brotli_decompress(segments[0], length), rest, shuffle=True)
     words = np.frombuffer(segments[1], "<u4").astype(np.uint32)
-    coder = constriction.stream.queue.RangeDecoder(words)
-    for part, model in class_models(small[()].numpy()):
-        codes[order[part]] = coder.decode(model, part.stop - part.start)
-    parts = torch.from_numpy(codes.view(np.int8)).split([math.prod(s) for s in coded.values()])
-    small |= {n: part.clone().view(shape) for (n, shape), part in zip(coded.items(), parts)}
-    return {n: small[n] for n in layout}
+    coder, models = constriction.stream.queue.RangeDecoder(words), class_models(tensors[()].numpy())
+    for n, shape in coded.items():
+        codes = np.empty(math.prod(shape), np.uint8)
+        for c, places in places_by_class(tensors[n, 0].numpy(), tensors[n, 1].numpy()):
+            codes[places] = coder.decode(models[c], len(places))
+        tensors[n] = torch.from_numpy(codes.view(np.int8)).view(shape)
+    return {n: tensors[n] for n in layout}
 
 
 # name -> (encode: tensors to segments, decode: segments and layout to tensors)
@@ -1906,11 +1951,11 @@ def open_container(path: Path, kind: str) -> Container:
 
 
 def artifact_layout(flat: Flat) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Layout of an artifact of this model: int8 codes, float16 scales per row, float16 vectors."""
+    """Layout of an artifact of this model: int8 codes, int8 steps per row, float16 vectors."""
     layout = {n: ("float16", flat.shapes[n]) for n in flat.uncoded()}
     for name in (n for group in CODED for n in flat.groups[group]):
         layout[name] = "int8", flat.shapes[name]
-        layout[f"{name}.scale"] = "float16", flat.shapes[name][:1]
+        layout[f"{name}.step"] = "int8", flat.shapes[name][:1]
     return in_file_order(layout)
 
 
@@ -2243,7 +2288,8 @@ def plan_run(run: Run) -> tuple[float, int, bool, int]:
         # steps for those that start before the clock is read.
         slowest = max(seconds.values())
         count = min(wanted, max(1, int(limit / 5 / (1.1 * batch))))
-        reserve = 1.1 * batch * count + 3 * slowest + 0.5
+        gradients = 0 if cfg.embed_step else GRADIENT_BATCHES       # each is nearly a step
+        reserve = 1.1 * (batch * count + slowest * gradients) + 3 * slowest + 0.5
         looped_steps = min(looped_steps, (limit - reserve) * (1 - onset) / slowest)
     if count < wanted:
         log("note", text=f"calibration reads {count} of {wanted} batches, to take at most a fifth "
@@ -2629,30 +2675,34 @@ def train_stage(run: Run, identity: Identity) -> tuple[TrainState, int]:
     return state, count
 
 
-def fit_artifact(run: Run, state: TrainState, hessians: dict, identity: Identity) -> list[bytes]:
-    """Bytes of the artifact, by the set clip point or the tightest one that fits target_bytes."""
+def fit_artifact(run: Run, state: TrainState, hessians: dict, gradients: dict,
+                 identity: Identity) -> list[bytes]:
+    """Bytes of the artifact, by the set step or the finest one that fits target_bytes."""
     cfg, log, flat = run.cfg, run.rt.log, run.flat
-    clip, limit = cfg.matrix_clip_sigmas or FIRST_CLIP, cfg.target_bytes
+    step, limit = cfg.code_step or FIRST_STEP, cfg.target_bytes
+    moving = flat.groups["muon"] + ([] if cfg.embed_step else flat.groups["embed"])
+    weights = sum(math.prod(flat.shapes[n]) for n in moving)
     code = len(own_source().encode())
     meta = dict(model=cfg.group("model"), scoring=cfg.group("scoring"), dataset=cfg.dataset,
                 steps=state.step, looped=state.looped,
                 tokenizer=identity.sha256.get(cfg.tokenizer_path.name, ""))
-    for attempt in range(1, MOST_CLIPS + 1):
+    for attempt in range(1, MOST_TRIES + 1):
         started = time.perf_counter()
-        tensors, rows = quantize_model(cfg, flat, state.ema, hessians, clip, log)
+        steps = wanted_steps(cfg, flat, state.ema, gradients, step)
+        tensors, rows = quantize_model(cfg, flat, state.ema, hessians, steps, log)
         quantized = time.perf_counter()
         parts = pack_tensors("artifact", meta, tensors, "range")
         size = sum(map(len, parts))
-        log("compress", attempt=attempt, matrix_clip_sigmas=clip, model_bytes=size,
+        log("compress", attempt=attempt, code_step=step, model_bytes=size,
             total_bytes=size + code, gptq_s=quantized - started,
             seconds=time.perf_counter() - quantized)
         spare = limit - size - code
-        if cfg.matrix_clip_sigmas or 0 <= spare <= CLIP_SLACK or (clip == LEAST_CLIP and spare > 0):
+        if cfg.code_step or 0 <= spare <= STEP_SLACK or (step == LEAST_STEP and spare > 0):
             break
-        clip = next_clip(clip, spare, len(flat.part(state.ema, "muon")))
+        step = next_step(step, spare, weights)
     if spare < 0:
         raise GolfError(f"model {size} + code {code} = {size + code} bytes, more than TARGET_BYTES="
-                        f"{limit}; raise MATRIX_CLIP_SIGMAS (0 searches) or shrink the model")
+                        f"{limit}; raise CODE_STEP (0 searches) or shrink the model")
     for row in rows:
         log("matrix", **row)
     return parts
@@ -2668,19 +2718,25 @@ def quantize_stage(run: Run, state: TrainState, count: int, identity: Identity):
     matrices = run.flat.part(state.ema, "muon").abs()
     log("weights", below_mean_frac=(matrices <= matrices.mean()).float().mean().item())
     started = time.perf_counter()
-    capture = partial(run.capture, looped=state.looped)
-    hessians = collect_hessians(cfg, run.rt, capture, batches, count,
-                                limit - state.seconds if limit else math.inf)
+    left = limit - state.seconds if limit else math.inf
+    forward, capture = (partial(f, looped=state.looped) for f in (run.forward, run.capture))
+    gradients, first = {}, state.loader["batch"]
+    if not cfg.embed_step:
+        gradients = collect_gradients(cfg, run.rt, run.flat, forward, batches, left)
+        spent, first = dist.all_reduce_max(time.perf_counter() - started)[0], batches.state["batch"]
+        log("gradients", batches=first - state.loader["batch"], seconds=spent)
+        left -= spent
+    hessians = collect_hessians(cfg, run.rt, capture, batches, count, left)
     seconds = dist.all_reduce_max(time.perf_counter() - started)[0]
     batches.close()
     log("hessians", count=len({id(H) for H in hessians.values()}),
-        batches=batches.state["batch"] - state.loader["batch"], seconds=seconds)
+        batches=batches.state["batch"] - first, seconds=seconds)
     clock.close_training_data(state.seconds, state.seconds + seconds)
     log("data_closed", split="train", elapsed_s=clock.data_seconds, limit_s=limit)
     if check_data(cfg, run.rt) != identity:
         raise GolfError(f"{cfg.dataset_dir}: its files changed while training ran; train again")
     if dist.is_main:
-        path, parts = cfg.artifact_path, fit_artifact(run, state, hessians, identity)
+        path, parts = cfg.artifact_path, fit_artifact(run, state, hessians, gradients, identity)
         write_atomic(path, parts)
         identical = path.read_bytes() == b"".join(parts)
         log("read_back", file=path, identical=identical)

@@ -253,7 +253,7 @@ def test_another_model_is_rejected_by_the_name_of_its_setting(cfg):
 def test_the_same_model_is_accepted_whatever_else_differs(make_cfg):
     """Settings of training, quantization and scoring may differ; a setting of old may be gone."""
     container = container_of({**make_cfg().group("model"), "gone": 1})
-    train_gpt.check_made_for(container, make_cfg(matrix_lr=0.5, seed=3, ttt_lr=0.1, matrix_bits=5,
+    train_gpt.check_made_for(container, make_cfg(matrix_lr=0.5, seed=3, ttt_lr=0.1, code_step=0.5,
                                                  iterations=9))
 
 
@@ -282,7 +282,8 @@ def test_an_artifact_fits_its_own_model_only(state, make_cfg, make_run, read):
     """The tensors of a quantized model have the layout of its artifact, and of no other model's."""
     run = state.run
     hessians = {n: torch.eye(s[1]) for n, s in run.flat.shapes.items() if len(s) == 2}
-    tensors, _ = train_gpt.quantize_model(run.cfg, run.flat, state.ema, hessians, 12.85, run.rt.log)
+    steps = train_gpt.wanted_steps(run.cfg, run.flat, state.ema, {}, 0.4)
+    tensors, _ = train_gpt.quantize_model(run.cfg, run.flat, state.ema, hessians, steps, run.rt.log)
     data = pack(tensors)
     assert same(read(data, train_gpt.artifact_layout(run.flat)), tensors)
     wider = make_run(make_cfg(num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=4))
