@@ -1526,11 +1526,11 @@ class Schedule:
 # ------------------------------------------------------------------------------------------------
 # Quantization: round each matrix to a few bits, pushing every column's error into later columns
 # ------------------------------------------------------------------------------------------------
-# Frantar et al., GPTQ, ICLR 2023, with act-order.  Hessians come from training batches: validation
-# text is off limits here.  The seeds' steps are multiples of a row's standard deviation (#1394).
-# Ours are c / g with one c for the whole model, g being the size of the row's gradient: errors of
-# size e in a row add (g e)^2 / 2 to the loss, up to a factor that all rows share, as the squares of
-# gradients estimate its curvature (Fisher's information); so a bit buys the same everywhere.
+# Frantar et al., GPTQ, ICLR 2023, with act-order.  Calibration reads training batches: validation
+# text is off limits here.  The seeds' steps are multiples of a row's standard deviation (#1394);
+# ours are c / g for one c and the size g of a row's gradient.  Errors e add about (g e)^2 to the
+# loss, as squared gradients estimate its curvature (Fisher's information): a bit then buys the
+# same in every row.
 # Matrices of one shape are quantized together: the loop over columns is the slow part, and its
 # length does not depend on the number of matrices.
 
@@ -1539,7 +1539,8 @@ GPTQ_BLOCK = 128            # columns between two large updates; changes speed, 
 MOST_CODE = 127             # codes are int8
 GRADIENT_BATCHES = 8        # batches whose gradients say how harmful errors are
 LEAST_GRADIENT = 0.3        # of a row, over the root mean square of its matrix's
-STEPS_PER_OCTAVE = 8        # finer steps cost more than they save
+STEPS_PER_OCTAVE = 8        # steps are stored as logarithms, in one byte
+
 
 def micro_batches(rows: Tensor, most: int) -> tuple[Tensor, ...]:
     """Equal parts of rows (B, T + 1), each of at most `most` sequences."""
@@ -1560,10 +1561,9 @@ def calibration_batches(rt: Runtime, batches, count: int, seconds: float):
 
 def collect_gradients(cfg: Config, rt: Runtime, flat: Flat, forward: Callable, batches,
                       seconds: float = math.inf) -> dict[str, Tensor]:
-    """Size (O,) of every coded row's gradient: root mean square, summed over micro-batches.
+    """Size (O,) of every coded row's gradient, a root mean square over weights and micro-batches.
 
-    These are from GRADIENT_BATCHES global batches, or what `calibration_batches` makes of them;
-    `forward` maps tokens and targets to nats.
+    As a sum over these, so in no unit.  `forward` maps tokens and targets to nats.
     """
     power = torch.zeros_like(flat.grad)
     for batch in calibration_batches(rt, batches, GRADIENT_BATCHES, seconds):
@@ -1578,10 +1578,10 @@ def collect_gradients(cfg: Config, rt: Runtime, flat: Flat, forward: Callable, b
 @torch.no_grad()
 def collect_hessians(cfg: Config, rt: Runtime, capture: Callable, batches, count: int,
                      seconds: float = math.inf) -> dict[str, Tensor]:
-    """Sum of x x^T (I, I) float32 over the inputs x of every matrix in `count` global batches.
+    """Sum of x x^T (I, I) float32 over the inputs x of every matrix in `calibration_batches`.
 
-    Or in what `calibration_batches` makes of them.  Matrices with one input share one tensor; a
-    layer that runs several times counts every pass.  `capture` maps tokens to inputs.
+    Matrices with one input share one tensor; a layer that runs several times counts every pass.
+    `capture` maps tokens to inputs.
     """
     sums, wide = {}, {} if rt.dist.dtype == torch.float32 else dict(out_dtype=torch.float32)
     for batch in calibration_batches(rt, batches, count, seconds):
@@ -1651,16 +1651,15 @@ def quantize_stack(W: Tensor, H: Tensor, step: Tensor, invert: Callable) -> Tens
 
 def wanted_steps(cfg: Config, flat: Flat, weights: Tensor, gradients: dict[str, Tensor],
                  step: float) -> dict[str, Tensor]:
-    """Step (O,) of every coded row of flat `weights` by the recipe's rule.
+    """Step (O,) of every coded row of flat `weights`, if a typical one has `step` row std.
 
-    Args: gradients (O,) as of `collect_gradients`; step in standard deviations of a typical row.
+    By standard deviations or, without an EMBED_STEP, by `gradients` as of `collect_gradients`.
     """
     named = flat.named(weights)
     deviation = {n: named[n].std(1) for group in CODED for n in flat.groups[group]}
     if cfg.embed_step:
         return {n: d * (cfg.embed_step if n in flat.groups["embed"] else step)
                 for n, d in deviation.items()}
-    # What few tokens say about a row with small gradients is noise: it gets some of the others'.
     harm = {n: g.clamp_min(LEAST_GRADIENT * g.square().mean().sqrt()) for n, g in gradients.items()}
     logs = torch.cat([(harm[n] * deviation[n]).log() for n in flat.groups["muon"]])
     typical = logs[logs.isfinite()].mean().exp()
@@ -1688,13 +1687,6 @@ def round_steps(W: Tensor, step: Tensor, name: str) -> Tensor:
     return logs.to(torch.int8)
 
 
-def entropy_bytes(codes: Tensor) -> float:
-    """Bytes that an ideal coder of single codes would need."""
-    counts = torch.bincount(codes.flatten().int() + 128, minlength=256).double()
-    bits = counts * torch.log2(counts / codes.numel()).nan_to_num(neginf=0)
-    return -bits.sum().item() / 8
-
-
 def quantize_model(cfg: Config, flat: Flat, weights: Tensor, hessians: dict[str, Tensor],
                    steps: dict[str, Tensor], log: Log) -> tuple[dict[str, Tensor], list[dict]]:
     """Quantize flat `weights`: the artifact's tensors by name, and a dict of errors per matrix."""
@@ -1714,9 +1706,7 @@ def quantize_model(cfg: Config, flat: Flat, weights: Tensor, hessians: dict[str,
             tensors[name], tensors[f"{name}.step"] = q, e
             variance = w.var().clamp_min(torch.finfo(w.dtype).tiny)         # of a matrix of zeros
             mse = ((w - q * stored_steps(e)[:, None]).square().mean() / variance).item()
-            size = entropy_bytes(q)
-            rows.append(dict(name=name, bits=8 * size / q.numel(), mse=mse,
-                             entropy_bytes=round(size)))
+            rows.append(dict(name=name, mse=mse))
     return tensors, rows
 
 
@@ -1747,14 +1737,14 @@ def next_step(step: float, spare: int, weights: int) -> float:
 # Artifact: one deterministic file that holds tensors and nothing that could be executed
 # ------------------------------------------------------------------------------------------------
 # magic | header length | SHA-256 of all that follows | Brotli JSON header | segments of a codec.
-# Codes of matrices are normal to within 0.01 bit, so a table of counts for each size of them is all
-# that a coder can know; the ranges are constriction's (Bamler, arXiv:2201.01741).
+# Codes are normal to within 0.01 bit, so all that their range coder (constriction, Bamler,
+# arXiv:2201.01741) knows is a count of codes in rows of about the same size.
 # A damaged file fails its digest, a file of another model fails the comparison of its listing;
 # both are found before a tensor is decoded.  Files forged with valid digests are not defended
 # against beyond that: nothing in a file is executed.
 
 MAGIC = b"GOLF\x00\x03\r\n"
-SIZES_PER_OCTAVE = 3        # of the rows and columns of codes; finer ones cost more than they save
+CLASSES_PER_OCTAVE = 4      # of the size of a row's codes
 
 
 def tensor_bytes(tensors: dict[str, Tensor], shuffle: bool) -> bytes:
@@ -1806,41 +1796,30 @@ def layout_of(tensors: dict[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...
 
 
 def split_layout(layout: dict) -> tuple[dict, dict]:
-    """{name: shape} of the matrices of codes in a layout, and a layout of what Brotli holds.
+    """{name: shape} of the matrices of codes in a layout, and the layout of what Brotli holds.
 
-    That is all else, the sizes (`code_sizes`) of every matrix's rows and columns as (name, 0) and
-    (name, 1), and the count of every code in every class as ().
+    That is all else, the class of each row of a matrix as (name,), and counts by class as ().
     """
-    coded = {n: shape for n, (dtype, shape) in layout.items() if (dtype, len(shape)) == ("int8", 2)}
+    coded = {n: shape for n, (dtype, shape) in layout.items()
+             if dtype == "int8" and len(shape) == 2 and min(shape)}
     rest = {n: entry for n, entry in layout.items() if n not in coded}
-    rest |= {(n, i): ("int8", (length,)) for n, shape in coded.items()
-             for i, length in enumerate(shape)}
-    return coded, {**rest, (): ("int32", (256, 256))}
+    classes = {(n,): ("uint8", shape[:1]) for n, shape in coded.items()}
+    return coded, {**rest, **classes, (): ("int32", (256, 256))}
 
 
-def code_sizes(codes: np.ndarray) -> list[np.ndarray]:
-    """Root mean squares of the rows (O,) of codes (O, I), and of its columns (I,) relative to them.
-
-    In int8, as logarithms, SIZES_PER_OCTAVE to a doubling.
-    """
-    power, sizes = np.square(codes, dtype=np.float64), []
-    for axis in (1, 0):
-        mean = power.sum(axis, keepdims=True) / max(codes.shape[axis], 1) + 1e-6
-        sizes.append(np.rint(SIZES_PER_OCTAVE / 2 * np.log2(mean)).astype(np.int8).ravel())
-        power /= mean
-    return sizes
+def row_classes(codes: np.ndarray) -> np.ndarray:
+    """Class (O,) uint8 of each row of codes (O, I): the logarithm of their root mean square."""
+    power = np.square(codes, dtype=np.float64).mean(1)
+    return np.rint(CLASSES_PER_OCTAVE / 2 * np.log2(power + 1e-6) + 64).astype(np.uint8)
 
 
-def places_by_class(rows: np.ndarray, columns: np.ndarray):
-    """Yield (class, places in the flattened matrix of its codes), by sizes as of `code_sizes`.
-
-    A code's class is the size of its row plus that of its column: the size to expect of it.
-    """
-    classes = np.add.outer(rows, columns).view(np.uint8).ravel()
-    ends = np.bincount(classes, minlength=256).cumsum()
-    for c, places in enumerate(np.split(classes.argsort(kind="stable"), ends[:-1])):
-        if len(places):
-            yield c, places
+def entropy_bytes(codes: np.ndarray) -> float:
+    """Bytes that an ideal coder needs for single codes (O, I) of rows whose classes it knows."""
+    bits, classes = 0.0, row_classes(codes)
+    for c in np.unique(classes):
+        counts = np.unique(codes[classes == c], return_counts=True)[1]
+        bits -= counts @ np.log2(counts / counts.sum())
+    return bits / 8
 
 
 def class_models(counts: np.ndarray) -> dict:
@@ -1850,21 +1829,20 @@ def class_models(counts: np.ndarray) -> dict:
 
 
 def encode_range(tensors: dict[str, Tensor]) -> list[bytes]:
-    """Matrices of codes by a range coder, which needs little more than their entropy by class."""
+    """Matrices of codes by a range coder, which takes their entropy by class, and the rest."""
     coded, rest = split_layout(layout_of(tensors))
     small = {n: tensors[n] for n in rest if n in tensors}
     counts, parts = np.zeros((256, 256), np.int32), []
     for n in coded:
         codes = tensors[n].detach().cpu().numpy()
-        sizes = code_sizes(codes)
-        small |= {(n, i): torch.from_numpy(size) for i, size in enumerate(sizes)}
-        for c, places in places_by_class(*sizes):
-            parts.append((c, codes.ravel().view(np.uint8)[places].astype(np.int32)))
+        small[n,] = torch.from_numpy(classes := row_classes(codes))
+        for c in np.unique(classes):
+            parts.append((c, codes[classes == c].ravel().view(np.uint8)))
             counts[c] += np.bincount(parts[-1][1], minlength=256)
     small[()] = torch.from_numpy(counts)
     coder, models = constriction.stream.queue.RangeEncoder(), class_models(counts)
     for c, part in parts:
-        coder.encode(part, models[c])
+        coder.encode(part.astype(np.int32), models[c])
     return [brotli.compress(tensor_bytes(small, shuffle=True)),
             coder.get_compressed().astype("<u4").tobytes()]
 
@@ -1876,11 +1854,12 @@ def decode_range(segments: list[bytes], layout: dict) -> dict[str, Tensor]:
     tensors = bytes_to_tensors(brotli_decompress(segments[0], length), rest, shuffle=True)
     words = np.frombuffer(segments[1], "<u4").astype(np.uint32)
     coder, models = constriction.stream.queue.RangeDecoder(words), class_models(tensors[()].numpy())
-    for n, shape in coded.items():
-        codes = np.empty(math.prod(shape), np.uint8)
-        for c, places in places_by_class(tensors[n, 0].numpy(), tensors[n, 1].numpy()):
-            codes[places] = coder.decode(models[c], len(places))
-        tensors[n] = torch.from_numpy(codes.view(np.int8)).view(shape)
+    for n, (O, I) in coded.items():
+        codes, classes = np.empty((O, I), np.uint8), tensors[n,].numpy()
+        for c in np.unique(classes):
+            rows = classes == c
+            codes[rows] = coder.decode(models[c], rows.sum() * I).reshape(-1, I)
+        tensors[n] = torch.from_numpy(codes.view(np.int8))
     return {n: tensors[n] for n in layout}
 
 
@@ -2704,7 +2683,9 @@ def fit_artifact(run: Run, state: TrainState, hessians: dict, gradients: dict,
         raise GolfError(f"model {size} + code {code} = {size + code} bytes, more than TARGET_BYTES="
                         f"{limit}; raise CODE_STEP (0 searches) or shrink the model")
     for row in rows:
-        log("matrix", **row)
+        codes = tensors[row["name"]].cpu().numpy()
+        size = entropy_bytes(codes)
+        log("matrix", **row, bits_per_weight=8 * size / codes.size, entropy_bytes=round(size))
     return parts
 
 
