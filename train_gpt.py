@@ -2267,7 +2267,7 @@ def plan_run(run: Run) -> tuple[float, int, bool, int]:
         # steps for those that start before the clock is read.
         slowest = max(seconds.values())
         count = min(wanted, max(1, int(limit / 5 / (1.1 * batch))))
-        gradients = 0 if cfg.embed_step else GRADIENT_BATCHES       # each is nearly a step
+        gradients = 0 if cfg.embed_step else min(GRADIENT_BATCHES, 1 + int(limit / 10 / slowest))
         reserve = 1.1 * (batch * count + slowest * gradients) + 3 * slowest + 0.5
         looped_steps = min(looped_steps, (limit - reserve) * (1 - onset) / slowest)
     if count < wanted:
@@ -2703,7 +2703,7 @@ def quantize_stage(run: Run, state: TrainState, count: int, identity: Identity):
     forward, capture = (partial(f, looped=state.looped) for f in (run.forward, run.capture))
     gradients, first = {}, state.loader["batch"]
     if not cfg.embed_step:
-        gradients = collect_gradients(cfg, run.rt, run.flat, forward, batches, left)
+        gradients = collect_gradients(cfg, run.rt, run.flat, forward, batches, left / 2)
         spent, first = dist.all_reduce_max(time.perf_counter() - started)[0], batches.state["batch"]
         log("gradients", batches=first - state.loader["batch"], seconds=spent)
         left -= spent
