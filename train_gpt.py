@@ -2701,17 +2701,16 @@ def quantize_stage(run: Run, state: TrainState, count: int, identity: Identity):
     started = time.perf_counter()
     left = limit - state.seconds if limit else math.inf
     forward, capture = (partial(f, looped=state.looped) for f in (run.forward, run.capture))
-    gradients, first = {}, state.loader["batch"]
+    gradients, spent, first = {}, 0.0, state.loader["batch"]
     if not cfg.embed_step:
         gradients = collect_gradients(cfg, run.rt, run.flat, forward, batches, left / 2)
         spent, first = dist.all_reduce_max(time.perf_counter() - started)[0], batches.state["batch"]
         log("gradients", batches=first - state.loader["batch"], seconds=spent)
-        left -= spent
-    hessians = collect_hessians(cfg, run.rt, capture, batches, count, left)
+    hessians = collect_hessians(cfg, run.rt, capture, batches, count, left - spent)
     seconds = dist.all_reduce_max(time.perf_counter() - started)[0]
     batches.close()
     log("hessians", count=len({id(H) for H in hessians.values()}),
-        batches=batches.state["batch"] - first, seconds=seconds)
+        batches=batches.state["batch"] - first, seconds=seconds - spent)
     clock.close_training_data(state.seconds, state.seconds + seconds)
     log("data_closed", split="train", elapsed_s=clock.data_seconds, limit_s=limit)
     if check_data(cfg, run.rt) != identity:
