@@ -236,7 +236,7 @@ GOLF = dict(
     num_heads=4, num_kv_heads=2, smear_channels=12, head_gate_channels=12, two_lanes=3,
     looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, matrix_lr=0.03, tied_embed_lr=0.04,
     beta2=0.99, muon_momentum=0.95, muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300,
-    embed_step=0.0)
+    embed_step=0.0, gptq_damping=0.1)
 RECIPES = {
     "pr1876": {},
     "pr1858": dict(ttt_epochs=2),
@@ -254,7 +254,8 @@ RECIPES = {
         smear_channels=12, head_gate_channels=12, two_lanes=1, max_wallclock_seconds=90.0,
         train_batch_tokens=1024, warmup_steps=3, warmdown_frac=0.85, min_lr=0.05,
         tied_embed_lr=0.06, matrix_lr=0.02, beta2=0.99, muon_momentum=0.95,
-        muon_momentum_warmup_frac=0.15, code_step=0.45, embed_step=0.0, ttt_chunk_tokens=4096),
+        muon_momentum_warmup_frac=0.15, code_step=0.45, embed_step=0.0,
+        gptq_damping=0.1, ttt_chunk_tokens=4096),
 }
 
 # Names that the challenge's own scripts read, with the setting that does their work here.
@@ -1538,7 +1539,7 @@ LOOKUP_TABLES = "extras.pair_emb", "extras.value_emb"       # no product reads t
 GPTQ_BLOCK = 128            # columns between two large updates; changes speed, not results
 MOST_CODE = 127             # codes are int8
 GRADIENT_BATCHES = 8        # batches whose gradients say how harmful errors are
-LEAST_GRADIENT = 0.3        # of a row, over the root mean square of its matrix's
+PRIOR_POWER = 0.25          # added to a row's squared gradient, over the mean of its matrix's
 STEPS_PER_OCTAVE = 8        # steps are stored as logarithms, in one byte
 
 
@@ -1660,7 +1661,9 @@ def wanted_steps(cfg: Config, flat: Flat, weights: Tensor, gradients: dict[str, 
     if cfg.embed_step:
         return {n: d * (cfg.embed_step if n in flat.groups["embed"] else step)
                 for n, d in deviation.items()}
-    harm = {n: g.clamp_min(LEAST_GRADIENT * g.square().mean().sqrt()) for n, g in gradients.items()}
+    # Few tokens say little about a row with small gradients, such as a rare token's.
+    powers = {n: g.square() for n, g in gradients.items()}
+    harm = {n: (power + PRIOR_POWER * power.mean()).sqrt() for n, power in powers.items()}
     logs = torch.cat([(harm[n] * deviation[n]).log() for n in flat.groups["muon"]])
     typical = logs[logs.isfinite()].mean().exp()
     return {n: step * typical / h for n, h in harm.items()}
