@@ -243,6 +243,15 @@ def test_a_step_times_its_harm_is_the_same_everywhere():
     assert (steps / W.std(2)).log().mean().exp().item() == pytest.approx(0.3, rel=1e-4)
 
 
+def test_a_matrix_that_harms_nothing_takes_nothing():
+    """Without any gradient its codes are zeros, and the other matrices' steps are as without it."""
+    W, gradients = weights(3, 20, 64), torch.exp(torch.randn(3, 20))
+    gradients[1] = 0
+    steps = steps_of(W, gradients, 0.3, 0.0)
+    assert not nearest(W, steps)[1].any()
+    assert torch.equal(steps[[0, 2]], steps_of(W[[0, 2]], gradients[[0, 2]], 0.3, 0.0))
+
+
 def test_steps_by_deviation_are_those_of_the_seeds(trained):
     """Matrices have so many row std, embeddings their own number, whatever gradients say."""
     run = trained.run
