@@ -217,7 +217,7 @@ WANTED = ("config", "data", "step", "train_end", "artifact", "validation", "eval
 WANTED_OURS = ("run", *WANTED, "data_closed", "model", "matrix", "ledger", "result")
 DIAGNOSTIC = ("raw", "ema", "diagnostic")       # passes that do not lead to the score
 FREE = ("group", "seed", "run_id", "logfile", "stages", "resume", "data_dir", "out_dir")
-LEARNING = ("step", "train_end", "checkpoint", "hessians", "compress", "matrix", "warm_up")
+LEARNING = *"step train_end checkpoint gradients hessians compress matrix warm_up".split(),
 WHOLE = {                       # dataset: targets and bytes of text of the whole validation set
     "fineweb10B_sp8192": {40_540_160: 151_078_222},
     "fineweb10B_sp1024": {62_021_632: 151_080_363},
@@ -680,24 +680,28 @@ def draw_losses(axes, logs: list[Log]):
     axes.legend()
 
 
-def byte_parts(log: Log) -> dict[str, float]:
-    """Bytes by part: free, code, kinds of matrices (entropy of their codes), rest of the model."""
+def byte_parts(log: Log) -> dict[str, tuple]:
+    """Bytes by part: free, code, rest and kinds of matrices, these with bits a weight by layer."""
     code, model = log.last("artifact").integers("code_bytes", "model_bytes")
     kinds = {}
-    for e in log.all("matrix"):                         # of layers.3.attn.c_q.weight: attn.c_q
-        kind = re.sub(r"^\w+\.[0-9]+\.|\.weight$", "", e.text("name"))
-        kinds[kind] = kinds.get(kind, 0) + e.number("entropy_bytes")
-    return {"free": LIMIT_BYTES - code - model, "code": code,
-            "vectors, scales, coding loss": model - sum(kinds.values()),
+    for e in sorted(log.all("matrix"), key=lambda e: (len(e.text("name")), e.text("name"))):
+        kind = re.sub(r"^\w+\.[0-9]+\.|\.weight$", "", e.text("name"))     # attn.c_q, for example
+        size, *bits = kinds.get(kind, (0,))
+        bits += [e.number(key) for key in e.values if key == "bits_per_weight"]
+        kinds[kind] = size + e.number("entropy_bytes"), *bits
+    rest = model - sum(size for size, *_ in kinds.values())
+    return {"free": (LIMIT_BYTES - code - model,), "code": (code,),
+            "vectors, scales, coding loss": (rest,),
             **dict(sorted(kinds.items(), key=lambda part: part[1]))}
 
 
 def draw_bytes(axes, logs: list[Log]):
     """Draw the parts of the largest artifact as bars."""
     log = max(logs, key=lambda log: log.last("artifact").number("total_bytes"))
-    names, sizes = zip(*byte_parts(log).items())
-    bars = axes.barh(names, sizes, color=["0.8", *["0.3"] * (len(names) - 1)])
-    axes.bar_label(bars, [f"{size:,.0f}" for size in sizes], padding=3)
+    names, parts = zip(*byte_parts(log).items())
+    bars = axes.barh(names, [p[0] for p in parts], color=["0.8", *["0.3"] * (len(names) - 1)])
+    axes.bar_label(bars, ["  ".join([f"{p[0]:,.0f}", *map("{:.1f}".format, p[1:])]) for p in parts],
+                   padding=3)
     axes.margins(0.15, 0.02)
     axes.set(xticks=[], title=f"{LIMIT_BYTES:,} bytes by part, {console.one_line(log.path.name)}")
 

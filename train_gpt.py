@@ -43,6 +43,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # imports take seconds; see main()
 
 import brotli
+import constriction
 import numpy as np
 import torch
 import torch.distributed
@@ -85,7 +86,7 @@ def setting(default, low: float | None = None, below: float = 1 << 60):
 # A field's place in Config gives its group: from a field named here to the next one.  The groups
 # "model" and "scoring" travel in the artifact; another model is refused.
 GROUPS = dict(recipe="run", data_dir="data", vocab_size="model", iterations="training",
-              tied_embed_lr="optimizer", matrix_bits="quantization", eval_stride="scoring")
+              lookahead="optimizer", code_step="quantization", eval_stride="scoring")
 DIVISORS = (("num_heads", "model_dim"), ("num_kv_heads", "num_heads"), ("eval_stride", "seq_len"),
             ("seq_len", "train_batch_tokens"), ("seq_len", "ttt_chunk_tokens"))
 
@@ -177,6 +178,8 @@ class Config:
     enable_looping_at: float = setting(0.35, low=0)  # share of training before recurrence starts
     looping_min_steps: int = setting(0, low=0)  # no recurrence with fewer expected steps of it
     ema_horizon_frac: float = setting(0.063, low=0)  # EMA horizon over expected steps; 0 = no EMA
+    ema_weight: float = setting(1.0, low=0, below=1.0001)  # EMA's share of the final weights
+    lookahead: float = setting(0.0, low=0)  # EMA-Nesterov, in mean steps; 0 = off
     tied_embed_lr: float = 0.03  # AdamW learning rate of the token tables
     matrix_lr: float = 0.022  # Muon learning rate
     scalar_lr: float = 0.02  # AdamW learning rate of gains and other vectors
@@ -191,10 +194,8 @@ class Config:
     muon_momentum_warmup_steps: int = 1500  # upper bound of that warm-up
     muon_row_normalize: bool = True  # normalise rows of the update before orthogonalisation
     grad_clip_norm: float = setting(0.3, low=0)  # clip the global gradient norm to this; 0 = off
-    matrix_bits: int = setting(6, low=2, below=9)  # bits of a matrix code
-    embed_bits: int = setting(8, low=2, below=9)  # bits of an embedding code
-    matrix_clip_sigmas: float = setting(0.0, low=0)  # clip point in row std; 0 = fit target_bytes
-    embed_clip_sigmas: float = 20.0  # clip point of the embedding in row std
+    code_step: float = setting(0.0, low=0)  # rounding step in row std, typical; 0 fits target_bytes
+    embed_step: float = setting(0.15748, low=0)  # the embedding's; 0 = all steps by their damage
     gptq_calibration_batches: int = 64  # maximum batches of calibration
     gptq_damping: float = 0.01  # added to a Hessian's diagonal, relative to its mean
     target_bytes: int = 16000000  # size limit of code and model together
@@ -241,8 +242,10 @@ class Config:
 # original quantizes by another rule (percentile clips, LZMA); here every recipe uses one quantizer.
 GOLF = dict(
     num_heads=4, num_kv_heads=2, smear_channels=12, head_gate_channels=12, two_lanes=3,
-    documents=True, looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, matrix_lr=0.03, tied_embed_lr=0.04,
-    beta2=0.99, muon_momentum=0.95, muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300)
+    documents=True, looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, ema_horizon_frac=0.1,
+    ema_weight=0.7, lookahead=0.5, matrix_lr=0.03, tied_embed_lr=0.04, beta2=0.99,
+    muon_momentum=0.95, muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300,
+    embed_step=0.0, gptq_damping=0.1)
 RECIPES = {
     "pr1876": {},
     "pr1858": dict(ttt_epochs=2),
@@ -260,7 +263,8 @@ RECIPES = {
         smear_channels=12, head_gate_channels=12, two_lanes=1, max_wallclock_seconds=90.0,
         train_batch_tokens=1024, warmup_steps=3, warmdown_frac=0.85, min_lr=0.05,
         tied_embed_lr=0.06, matrix_lr=0.02, beta2=0.99, muon_momentum=0.95,
-        muon_momentum_warmup_frac=0.15, matrix_clip_sigmas=12.85, ttt_chunk_tokens=4096),
+        muon_momentum_warmup_frac=0.15, code_step=0.45, embed_step=0.0,
+        gptq_damping=0.1, ttt_chunk_tokens=4096),
 }
 
 # Names that the challenge's own scripts read, with the setting that does their work here.
@@ -1654,22 +1658,42 @@ class Schedule:
         p = min(step / steps, 1.0) if steps else 1.0
         return start + p * (cfg.muon_momentum - start)
 
+    def lookahead(self, progress: float) -> float:
+        """Mean steps ahead at which the gradient is taken: off early, and late, when it overshoots."""
+        return self.cfg.lookahead * self.lr_scale(progress) if 0.15 < progress < 0.75 else 0.0
+
     def ema_decay(self) -> float:
         """Decay of the weight EMA, whose horizon is ema_horizon_frac of the expected steps."""
-        horizon = self.cfg.ema_horizon_frac * self.expected_steps
+        return self.decay(self.cfg.ema_horizon_frac)
+
+    def drift_decay(self) -> float:
+        """Decay of the EMA of steps that lookahead follows, over 3 % of the expected ones."""
+        return self.decay(0.03)
+
+    def decay(self, share: float) -> float:
+        """Decay of an average whose horizon is a share of the expected steps."""
+        horizon = share * self.expected_steps
         return 1 - 1 / horizon if horizon > 1 else 0.0
 
 
 # ------------------------------------------------------------------------------------------------
 # Quantization: round each matrix to a few bits, pushing every column's error into later columns
 # ------------------------------------------------------------------------------------------------
-# Frantar et al., GPTQ, ICLR 2023, with act-order, and a step of k standard deviations per row
-# (parameter-golf #1394).  Hessians come from training batches: validation text is off limits here.
+# Frantar et al., GPTQ, ICLR 2023, with act-order.  Calibration reads training batches: validation
+# text is off limits here.  The seeds' steps are multiples of a row's standard deviation (#1394);
+# ours are c / g for one c and the size g of a row's gradient.  Errors e add about (g e)^2 to the
+# loss, as squared gradients estimate its curvature (Fisher's information): a bit then buys the
+# same in every row.
 # Matrices of one shape are quantized together: the loop over columns is the slow part, and its
 # length does not depend on the number of matrices.
 
 LOOKUP_TABLES = "extras.pair_emb", "extras.value_emb"       # no product reads them: no Hessian
 GPTQ_BLOCK = 128            # columns between two large updates; changes speed, not results
+MOST_CODE = 127             # codes are int8
+GRADIENT_BATCHES = 8        # batches whose gradients say how harmful errors are
+PRIOR_POWER = 0.25          # added to a row's squared gradient, over the mean of its matrix's
+STEPS_PER_OCTAVE = 8        # steps are stored as logarithms, in one byte
+
 
 def micro_batches(rows: Tensor, most: int) -> tuple[Tensor, ...]:
     """Equal parts of rows (B, T + 1), each of at most `most` sequences."""
@@ -1677,28 +1701,48 @@ def micro_batches(rows: Tensor, most: int) -> tuple[Tensor, ...]:
     return rows.split(max(d for d in range(1, min(B, most) + 1) if B % d == 0))
 
 
+def calibration_batches(rt: Runtime, batches, count: int, seconds: float):
+    """Yield this rank's part of `count` batches, fewer if the next one would end past `seconds`."""
+    started = time.perf_counter()
+    for done in rt.log.track(range(1, count + 1), "calibrating", count):
+        yield batches.next()
+        rt.dist.barrier()
+        spent = rt.dist.all_reduce_max(time.perf_counter() - started)[0]
+        if spent * (done + 1) / done > seconds:
+            break
+
+
+def collect_gradients(cfg: Config, rt: Runtime, flat: Flat, forward: Callable, batches,
+                      seconds: float = math.inf) -> dict[str, Tensor]:
+    """Size (O,) of every coded row's gradient, a root mean square over weights and micro-batches.
+
+    As a sum over these, so in no unit.  `forward` maps tokens and targets to nats.
+    """
+    power = torch.zeros_like(flat.grad)
+    for batch in calibration_batches(rt, batches, GRADIENT_BATCHES, seconds):
+        for rows in micro_batches(batch, cfg.micro_batch_seqs):
+            flat.buffer.zero_()
+            forward(rows[:, :-1], rows[:, 1:]).mean().backward()
+            power += flat.grad.square()
+    named = flat.named(rt.dist.all_reduce_(power))
+    return {n: named[n].mean(1).sqrt() for group in CODED for n in flat.groups[group]}
 
 
 @torch.no_grad()
 def collect_hessians(cfg: Config, rt: Runtime, capture: Callable, batches, count: int,
                      seconds: float = math.inf) -> dict[str, Tensor]:
-    """Sum of x x^T (I, I) float32 over the inputs x of every matrix in `count` global batches.
+    """Sum of x x^T (I, I) float32 over the inputs x of every matrix in `calibration_batches`.
 
-    Stops before the batch that would take it past `seconds`.  Matrices with one input share one
-    tensor; a layer that runs several times counts every pass.  `capture` maps tokens to inputs.
+    Matrices with one input share one tensor; a layer that runs several times counts every pass.
+    `capture` maps tokens to inputs.
     """
-    sums, started = {}, time.perf_counter()
-    wide = {} if rt.dist.dtype == torch.float32 else dict(out_dtype=torch.float32)
-    for done in rt.log.track(range(1, count + 1), "calibrating", count):
-        for rows in micro_batches(batches.next(), cfg.micro_batch_seqs):
+    sums, wide = {}, {} if rt.dist.dtype == torch.float32 else dict(out_dtype=torch.float32)
+    for batch in calibration_batches(rt, batches, count, seconds):
+        for rows in micro_batches(batch, cfg.micro_batch_seqs):
             for names, x in capture(rows[:, :-1]):
                 x, key = x.flatten(0, 1), tuple(names)
                 gram = torch.mm(x.mT, x, **wide)                                    # (I, I)
                 sums[key] = sums[key].add_(gram) if key in sums else gram
-        rt.dist.barrier()
-        spent = rt.dist.all_reduce_max(time.perf_counter() - started)[0]
-        if spent * (done + 1) / done > seconds:
-            break
     for H in sums.values():
         rt.dist.all_reduce_(H)
     return {name: H for names, H in sums.items() for name in names}
@@ -1723,28 +1767,28 @@ def inverse_factor(H: Tensor, damping: float, name: str, log: Log) -> Tensor:
                     f"{H.size(1)}, damping {strength:g}); raise GPTQ_DAMPING (now {damping:g})")
 
 
-def gptq(W: Tensor, U: Tensor, scale: Tensor, qmax: int) -> Tensor:
+def gptq(W: Tensor, U: Tensor, step: Tensor) -> Tensor:
     """Codes (N, O, I) int8 of W (N, O, I): each column's rounding error goes to later columns.
 
-    Args: U (N, I, I) from `inverse_factor`; scale (N, O) of a code; |code| <= qmax.
+    Args: U (N, I, I) from `inverse_factor`; step (N, O) of a row's codes.
     """
     W, Q, I = W.clone(), torch.empty_like(W, dtype=torch.int8), W.size(2)
     for lo in range(0, I, GPTQ_BLOCK):
         hi = min(lo + GPTQ_BLOCK, I)
         errors = torch.zeros_like(W[..., lo:hi])                                    # (N, O, b)
         for j in range(lo, hi):
-            q = (W[..., j] / scale).round().clamp(-qmax, qmax)                      # (N, O)
-            e = (W[..., j] - q * scale) / U[:, j, j, None]
+            q = (W[..., j] / step).round().clamp(-MOST_CODE, MOST_CODE)             # (N, O)
+            e = (W[..., j] - q * step) / U[:, j, j, None]
             W[..., j:hi] -= e[..., None] * U[:, None, j, j:hi]
             errors[..., j - lo], Q[..., j] = e, q
         W[..., hi:] -= errors @ U[:, lo:hi, hi:]        # later blocks: one product
     return Q
 
 
-def quantize_stack(W: Tensor, H: Tensor, scale: Tensor, qmax: int, invert: Callable) -> Tensor:
+def quantize_stack(W: Tensor, H: Tensor, step: Tensor, invert: Callable) -> Tensor:
     """Codes (N, O, I) int8 of a stack by GPTQ, columns in order of falling diag(H).
 
-    Args: W (N, O, I) float32; H (N, I, I), a zero diagonal (dead input) is fine; scale (N, O);
+    Args: W (N, O, I) float32; H (N, I, I), a zero diagonal (dead input) is fine; step (N, O);
         `invert` is `inverse_factor` of this stack.
     """
     power = H.diagonal(dim1=1, dim2=2)                                              # (N, I)
@@ -1754,58 +1798,70 @@ def quantize_stack(W: Tensor, H: Tensor, scale: Tensor, qmax: int, invert: Calla
     order = power.argsort(dim=1, descending=True, stable=True)                      # (N, I)
     W = W.gather(2, order[:, None].expand_as(W))
     H = H.gather(1, order[:, :, None].expand_as(H)).gather(2, order[:, None].expand_as(H))
-    Q = gptq(W, invert(H), scale, qmax)
+    Q = gptq(W, invert(H), step)
     return Q.gather(2, order.argsort(1)[:, None].expand_as(Q))
 
 
-def row_scales(W: Tensor, qmax: int, clip_sigmas: float, name: str) -> Tensor:
-    """Scale (N, O) float16 of each row of W (N, O, I), with code qmax at clip_sigmas row std.
+def wanted_steps(cfg: Config, flat: Flat, weights: Tensor, gradients: dict[str, Tensor],
+                 step: float) -> dict[str, Tensor]:
+    """Step (O,) of every coded row of flat `weights`, if a typical one has `step` row std.
 
-    We clip many standard deviations out, so most 6-bit codes are near zero and compress to about
-    3.3 bits; a finer step costs bytes (#1394).  Raises GolfError for rows beyond float16's range.
+    By standard deviations or, without an EMBED_STEP, by `gradients` as of `collect_gradients`.
     """
-    deviation = W.std(2)
-    step = (clip_sigmas / qmax * deviation).half()
-    empty = (W == 0).all(2)                                 # a row of zeros: any step will do
-    bad = ~empty & ~((step > 0) & step.isfinite())
-    if bad.any():
-        raise GolfError(f"{name}: a row has a standard deviation of {deviation[bad][0].item():g}, "
-                        "outside the range of a float16 step; train longer or lower MATRIX_LR")
-    return step.masked_fill(empty, 1.0)
+    named = flat.named(weights)
+    deviation = {n: named[n].std(1) for group in CODED for n in flat.groups[group]}
+    if cfg.embed_step:
+        return {n: d * (cfg.embed_step if n in flat.groups["embed"] else step)
+                for n, d in deviation.items()}
+    # Few tokens say little about a row with small gradients, such as a rare token's.
+    powers = {n: g.square() for n, g in gradients.items()}
+    harm = {n: (power + PRIOR_POWER * power.mean()).sqrt() for n, power in powers.items()}
+    logs = torch.cat([(harm[n] * deviation[n]).log() for n in flat.groups["muon"]])
+    typical = logs[logs.isfinite()].mean().exp()
+    return {n: step * typical / h for n, h in harm.items()}
 
 
-def entropy_bytes(codes: Tensor) -> float:
-    """Bytes that an ideal coder of single codes would need."""
-    counts = torch.bincount(codes.flatten().int() + 128, minlength=256).double()
-    bits = counts * torch.log2(counts / codes.numel()).nan_to_num(neginf=0)
-    return -bits.sum().item() / 8
+def stored_steps(logs: Tensor) -> Tensor:
+    """Steps float32 of the int8 logarithms that an artifact holds."""
+    return torch.exp2(logs.double() / STEPS_PER_OCTAVE - 10).float()
+
+
+def round_steps(W: Tensor, step: Tensor, name: str) -> Tensor:
+    """Logarithms (N, O) int8 of the steps for rows of W (N, O, I): see `stored_steps`.
+
+    They are nearest to `step` (N, O), but not so fine that a code would leave int8.  Raises
+    GolfError for rows too small or too large for such steps.
+    """
+    largest = W.abs().amax(2)
+    finest, logs = (STEPS_PER_OCTAVE * (s.log2() + 10) for s in (largest / MOST_CODE, step))
+    logs = torch.maximum(finest.ceil(), logs.round().clamp(max=127))
+    logs = logs.masked_fill(largest == 0, 0.0)              # a row of zeros: any step will do
+    if (bad := ~((logs >= -128) & (logs <= 127))).any():
+        raise GolfError(f"{name}: a row of weights up to {largest[bad][0].item():g} is outside the "
+                        "range of steps; train longer or lower MATRIX_LR")
+    return logs.to(torch.int8)
 
 
 def quantize_model(cfg: Config, flat: Flat, weights: Tensor, hessians: dict[str, Tensor],
-                   clip_sigmas: float, log: Log) -> tuple[dict[str, Tensor], list[dict]]:
+                   steps: dict[str, Tensor], log: Log) -> tuple[dict[str, Tensor], list[dict]]:
     """Quantize flat `weights`: the artifact's tensors by name, and a dict of errors per matrix."""
     named = flat.named(weights)
     tensors, rows = {n: named[n].half() for n in flat.uncoded()}, []
-    stacks = [(names, W, cfg.matrix_bits, clip_sigmas) for names, W in flat.stacks(weights)]
-    stacks += [([n], named[n][None], cfg.embed_bits, cfg.embed_clip_sigmas)
-               for n in flat.groups["embed"]]
-    for names, W, bits, clip in log.track(stacks, "quantizing", len(stacks)):
+    stacks = flat.stacks(weights) + [([n], named[n][None]) for n in flat.groups["embed"]]
+    for names, W in log.track(stacks, "quantizing", len(stacks)):
         if missing := [n for n in names if n not in hessians and n not in LOOKUP_TABLES]:
             raise GolfError(f"{missing[0]}: calibration saw no input of this matrix")
         # GPTQ with the identity is plain rounding.
         eye = torch.eye(W.size(2), device=W.device)
         H = torch.stack([eye if n in LOOKUP_TABLES else hessians[n] for n in names])
-        qmax = 2 ** (bits - 1) - 1
-        scale = row_scales(W, qmax, clip, names[0])
+        logs = round_steps(W, torch.stack([steps[n] for n in names]), names[0])
         invert = partial(inverse_factor, damping=cfg.gptq_damping, name=names[0], log=log)
-        Q = quantize_stack(W, H, scale.float(), qmax, invert)
-        for name, w, q, s in zip(names, W, Q, scale):
-            tensors[name], tensors[f"{name}.scale"] = q, s
+        Q = quantize_stack(W, H, stored_steps(logs), invert)
+        for name, w, q, e in zip(names, W, Q, logs):
+            tensors[name], tensors[f"{name}.step"] = q, e
             variance = w.var().clamp_min(torch.finfo(w.dtype).tiny)         # of a matrix of zeros
-            mse = ((w - q * s.float()[:, None]).square().mean() / variance).item()
-            clipped = (q.abs() == qmax).float().mean().item()
-            rows.append(dict(name=name, bits=bits, clip_sigmas=clip, mse=mse, clip_frac=clipped,
-                             entropy_bytes=round(entropy_bytes(q))))
+            mse = ((w - q * stored_steps(e)[:, None]).square().mean() / variance).item()
+            rows.append(dict(name=name, mse=mse))
     return tensors, rows
 
 
@@ -1813,35 +1869,37 @@ def dequantize(tensors: dict[str, Tensor], flat: Flat):
     """Write the weights that an artifact's tensors stand for into the model behind `flat`."""
     for name, w in flat.named(flat.data).items():
         value = tensors[name].to(w.device).float()
-        if f"{name}.scale" in tensors:
-            value *= tensors[f"{name}.scale"].to(w.device).float()[:, None]
+        if f"{name}.step" in tensors:
+            value *= stored_steps(tensors[f"{name}.step"].to(w.device))[:, None]
         w.copy_(value)
 
 
-FIRST_CLIP, LEAST_CLIP, MOST_CLIPS = 12.85, 4.0, 6          # row std, row std, attempts
-CLIP_SLACK = 20_000                                         # bytes that may stay unused
+FIRST_STEP, LEAST_STEP, MOST_TRIES = 0.45, 0.1, 6           # row std, row std, attempts
+STEP_SLACK = 2_000                                          # bytes that may stay unused
 
 
-def next_clip(clip: float, spare: int, weights: int) -> float:
-    """The clip point to try after `clip` left `spare` bytes (negative: too large).
+def next_step(step: float, spare: int, weights: int) -> float:
+    """The step to try after `step` left `spare` bytes (negative: too large).
 
     A code of step s has entropy h - log2(s) bits, so `weights` codes shrink by weights / 8 bytes
-    when the step doubles.  Leaving a quarter of the slack free aims at spare = CLIP_SLACK / 4.
+    when the step doubles.  The aim is the middle of the slack.
     """
-    doublings = 8 * (CLIP_SLACK / 4 - spare) / weights
-    return max(LEAST_CLIP, clip * 2 ** min(doublings, 8))
+    doublings = 8 * (STEP_SLACK / 2 - spare) / weights
+    return max(LEAST_STEP, step * 2 ** min(doublings, 8))
 
 
 # ------------------------------------------------------------------------------------------------
 # Artifact: one deterministic file that holds tensors and nothing that could be executed
 # ------------------------------------------------------------------------------------------------
 # magic | header length | SHA-256 of all that follows | Brotli JSON header | segments of a codec.
+# Codes are normal to within 0.01 bit, so all that their range coder (constriction, Bamler,
+# arXiv:2201.01741) knows is a count of codes in rows of about the same size.
 # A damaged file fails its digest, a file of another model fails the comparison of its listing;
 # both are found before a tensor is decoded.  Files forged with valid digests are not defended
 # against beyond that: nothing in a file is executed.
 
-MAGIC = b"GOLF\x00\x02\r\n"
-SEGMENT_BYTES = 1 << 22
+MAGIC = b"GOLF\x00\x03\r\n"
+CLASSES_PER_OCTAVE = 4      # of the size of a row's codes
 
 
 def tensor_bytes(tensors: dict[str, Tensor], shuffle: bool) -> bytes:
@@ -1882,27 +1940,6 @@ def brotli_decompress(data: bytes, limit: int) -> bytes:
     return out
 
 
-def encode_brotli(tensors: dict[str, Tensor]) -> list[bytes]:
-    """Brotli over segments of 4 MB, in parallel."""
-    raw = tensor_bytes(tensors, shuffle=True)
-    cuts = [raw[i:i + SEGMENT_BYTES] for i in range(0, len(raw), SEGMENT_BYTES)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(partial(brotli.compress, quality=11, lgwin=24), cuts))
-
-
-def decode_brotli(segments: list[bytes], layout: dict) -> dict[str, Tensor]:
-    """Inverse of `encode_brotli`."""
-    raw = b"".join(brotli_decompress(s, SEGMENT_BYTES) for s in segments)
-    return bytes_to_tensors(raw, layout, shuffle=True)
-
-
-# name -> (encode: tensors to segments, decode: segments and layout to tensors)
-CODECS = dict(                                              # raw: for checkpoints
-    raw=(lambda tensors: [tensor_bytes(tensors, shuffle=False)],
-         lambda segments, layout: bytes_to_tensors(b"".join(segments), layout, shuffle=False)),
-    brotli=(encode_brotli, decode_brotli))
-
-
 def in_file_order(layout: dict) -> dict:
     """{name: (dtype, shape)} sorted by dtype and name, the order in which files hold tensors."""
     return dict(sorted(layout.items(), key=lambda item: (item[1][0], item[0])))
@@ -1911,6 +1948,81 @@ def in_file_order(layout: dict) -> dict:
 def layout_of(tensors: dict[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{name: (dtype, shape)} of tensors, in the order in which files hold them."""
     return in_file_order({n: (str(t.dtype)[6:], tuple(t.shape)) for n, t in tensors.items()})
+
+
+def split_layout(layout: dict) -> tuple[dict, dict]:
+    """{name: shape} of the matrices of codes in a layout, and the layout of what Brotli holds.
+
+    That is all else, the class of each row of a matrix as (name,), and counts by class as ().
+    """
+    coded = {n: shape for n, (dtype, shape) in layout.items()
+             if dtype == "int8" and len(shape) == 2 and min(shape)}
+    rest = {n: entry for n, entry in layout.items() if n not in coded}
+    classes = {(n,): ("uint8", shape[:1]) for n, shape in coded.items()}
+    return coded, {**rest, **classes, (): ("int32", (256, 256))}
+
+
+def row_classes(codes: np.ndarray) -> np.ndarray:
+    """Class (O,) uint8 of each row of codes (O, I): the logarithm of their root mean square."""
+    power = np.square(codes, dtype=np.float64).mean(1)
+    return np.rint(CLASSES_PER_OCTAVE / 2 * np.log2(power + 1e-6) + 64).astype(np.uint8)
+
+
+def entropy_bytes(codes: np.ndarray) -> float:
+    """Bytes that an ideal coder needs for single codes (O, I) of rows whose classes it knows."""
+    bits, classes = 0.0, row_classes(codes)
+    for c in np.unique(classes):
+        counts = np.unique(codes[classes == c], return_counts=True)[1]
+        bits -= counts @ np.log2(counts / counts.sum())
+    return bits / 8
+
+
+def class_models(counts: np.ndarray) -> dict:
+    """The distribution of codes in each class, by counts (class, code): exact on every machine."""
+    return {c: constriction.stream.model.Categorical(row.astype(np.float64), perfect=False)
+            for c, row in enumerate(counts) if row.any()}
+
+
+def encode_range(tensors: dict[str, Tensor]) -> list[bytes]:
+    """Matrices of codes by a range coder, which takes their entropy by class, and the rest."""
+    coded, rest = split_layout(layout_of(tensors))
+    small = {n: tensors[n] for n in rest if n in tensors}
+    counts, parts = np.zeros((256, 256), np.int32), []
+    for n in coded:
+        codes = tensors[n].detach().cpu().numpy()
+        small[n,] = torch.from_numpy(classes := row_classes(codes))
+        for c in np.unique(classes):
+            parts.append((c, codes[classes == c].ravel().view(np.uint8)))
+            counts[c] += np.bincount(parts[-1][1], minlength=256)
+    small[()] = torch.from_numpy(counts)
+    coder, models = constriction.stream.queue.RangeEncoder(), class_models(counts)
+    for c, part in parts:
+        coder.encode(part.astype(np.int32), models[c])
+    return [brotli.compress(tensor_bytes(small, shuffle=True)),
+            coder.get_compressed().astype("<u4").tobytes()]
+
+
+def decode_range(segments: list[bytes], layout: dict) -> dict[str, Tensor]:
+    """Inverse of `encode_range`."""
+    coded, rest = split_layout(layout)
+    length = sum(getattr(torch, kind).itemsize * math.prod(shape) for kind, shape in rest.values())
+    tensors = bytes_to_tensors(brotli_decompress(segments[0], length), rest, shuffle=True)
+    words = np.frombuffer(segments[1], "<u4").astype(np.uint32)
+    coder, models = constriction.stream.queue.RangeDecoder(words), class_models(tensors[()].numpy())
+    for n, (O, I) in coded.items():
+        codes, classes = np.empty((O, I), np.uint8), tensors[n,].numpy()
+        for c in np.unique(classes):
+            rows = classes == c
+            codes[rows] = coder.decode(models[c], rows.sum() * I).reshape(-1, I)
+        tensors[n] = torch.from_numpy(codes.view(np.int8))
+    return {n: tensors[n] for n in layout}
+
+
+# name -> (encode: tensors to segments, decode: segments and layout to tensors)
+CODECS = dict(                                              # raw: for checkpoints
+    raw=(lambda tensors: [tensor_bytes(tensors, shuffle=False)],
+         lambda segments, layout: bytes_to_tensors(b"".join(segments), layout, shuffle=False)),
+    range=(encode_range, decode_range))
 
 
 def pack_tensors(kind: str, meta: dict, tensors: dict[str, Tensor], codec: str) -> list[bytes]:
@@ -1973,11 +2085,11 @@ def open_container(path: Path, kind: str) -> Container:
 
 
 def artifact_layout(flat: Flat) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Layout of an artifact of this model: int8 codes, float16 scales per row, float16 vectors."""
+    """Layout of an artifact of this model: int8 codes, int8 steps per row, float16 vectors."""
     layout = {n: ("float16", flat.shapes[n]) for n in flat.uncoded()}
     for name in (n for group in CODED for n in flat.groups[group]):
         layout[name] = "int8", flat.shapes[name]
-        layout[f"{name}.scale"] = "float16", flat.shapes[name][:1]
+        layout[f"{name}.step"] = "int8", flat.shapes[name][:1]
     return in_file_order(layout)
 
 
@@ -2225,22 +2337,33 @@ class TrainState:
         self.run, self.schedule = run, Schedule(run.cfg, expected_steps, recurrent)
         self.optimizers = build_optimizers(run.cfg, run.flat, run.rt.dist)
         self.ema = run.flat.data.clone()                                            # (P,)
+        self.drift = torch.zeros_like(self.ema)                 # EMA of the steps, for lookahead
         self.step, self.seconds, self.loader = 0, 0.0, None     # loader: state of the batches
         self.looped = False                                     # recurrence has been switched on
 
     def train_step(self, rows: Tensor, progress: float):
         """One optimiser step on this rank's part rows (B, T + 1) of a global batch."""
+        schedule, weights = self.schedule, self.run.flat.data
+        if schedule.cfg.lookahead:                          # EMA-Nesterov, arXiv:2605.25395
+            before = weights.clone()
+            weights.add_(self.drift, alpha=schedule.lookahead(progress))
         forward_backward(self.run, rows, self.looped)
         for optimizer in self.optimizers:
-            optimizer.step(self.schedule.lr_scale(progress), self.schedule.momentum(self.step))
-        self.ema.lerp_(self.run.flat.data, 1 - self.schedule.ema_decay())
+            optimizer.step(schedule.lr_scale(progress), schedule.momentum(self.step))
+        if schedule.cfg.lookahead:                          # the displacement stays in the weights
+            self.drift.lerp_(weights - before, 1 - schedule.drift_decay())
+        self.ema.lerp_(weights, 1 - schedule.ema_decay())
         self.step += 1
+
+    def final_weights(self) -> Tensor:
+        """The flat vector that is quantized: between the last weights and their EMA."""
+        return self.run.flat.data.lerp(self.ema, self.run.cfg.ema_weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state by name, not copied."""
         moments = {f"optimizer{i}.{name}": t for i, optimizer in enumerate(self.optimizers)
                    for name, t in optimizer.state.items()}
-        return dict(weights=self.run.flat.data, ema=self.ema, **moments)
+        return dict(weights=self.run.flat.data, ema=self.ema, drift=self.drift, **moments)
 
     def save(self):
         """Write the checkpoint from which RESUME=1 continues as if nothing had happened."""
@@ -2314,7 +2437,8 @@ def plan_run(run: Run) -> tuple[float, int, bool, int]:
         # steps for those that start before the clock is read.
         slowest = max(seconds.values())
         count = min(wanted, max(1, int(limit / 5 / (1.1 * batch))))
-        reserve = 1.1 * batch * count + 3 * slowest + 0.5
+        gradients = 0 if cfg.embed_step else min(GRADIENT_BATCHES, 1 + int(limit / 10 / slowest))
+        reserve = 1.1 * (batch * count + slowest * gradients) + 3 * slowest + 0.5
         looped_steps = min(looped_steps, (limit - reserve) * (1 - onset) / slowest)
     if count < wanted:
         log("note", text=f"calibration reads {count} of {wanted} batches, to take at most a fifth "
@@ -2701,32 +2825,38 @@ def train_stage(run: Run, identity: Identity) -> tuple[TrainState, int]:
     return state, count
 
 
-def fit_artifact(run: Run, state: TrainState, hessians: dict, identity: Identity) -> list[bytes]:
-    """Bytes of the artifact, by the set clip point or the tightest one that fits target_bytes."""
+def fit_artifact(run: Run, state: TrainState, hessians: dict, gradients: dict,
+                 identity: Identity) -> list[bytes]:
+    """Bytes of the artifact, by the set step or the finest one that fits target_bytes."""
     cfg, log, flat = run.cfg, run.rt.log, run.flat
-    clip, limit = cfg.matrix_clip_sigmas or FIRST_CLIP, cfg.target_bytes
+    step, limit = cfg.code_step or FIRST_STEP, cfg.target_bytes
+    moving = flat.groups["muon"] + ([] if cfg.embed_step else flat.groups["embed"])
+    weights = sum(math.prod(flat.shapes[n]) for n in moving)
     code = len(own_source().encode())
     meta = dict(model=cfg.group("model"), scoring=cfg.group("scoring"), dataset=cfg.dataset,
                 steps=state.step, looped=state.looped,
                 tokenizer=identity.sha256.get(cfg.tokenizer_path.name, ""))
-    for attempt in range(1, MOST_CLIPS + 1):
+    for attempt in range(1, MOST_TRIES + 1):
         started = time.perf_counter()
-        tensors, rows = quantize_model(cfg, flat, state.ema, hessians, clip, log)
+        steps = wanted_steps(cfg, flat, flat.data, gradients, step)
+        tensors, rows = quantize_model(cfg, flat, flat.data, hessians, steps, log)
         quantized = time.perf_counter()
-        parts = pack_tensors("artifact", meta, tensors, "brotli")
+        parts = pack_tensors("artifact", meta, tensors, "range")
         size = sum(map(len, parts))
-        log("compress", attempt=attempt, matrix_clip_sigmas=clip, model_bytes=size,
+        log("compress", attempt=attempt, code_step=step, model_bytes=size,
             total_bytes=size + code, gptq_s=quantized - started,
             seconds=time.perf_counter() - quantized)
         spare = limit - size - code
-        if cfg.matrix_clip_sigmas or 0 <= spare <= CLIP_SLACK or (clip == LEAST_CLIP and spare > 0):
+        if cfg.code_step or 0 <= spare <= STEP_SLACK or (step == LEAST_STEP and spare > 0):
             break
-        clip = next_clip(clip, spare, len(flat.part(state.ema, "muon")))
+        step = next_step(step, spare, weights)
     if spare < 0:
         raise GolfError(f"model {size} + code {code} = {size + code} bytes, more than TARGET_BYTES="
-                        f"{limit}; raise MATRIX_CLIP_SIGMAS (0 searches) or shrink the model")
+                        f"{limit}; raise CODE_STEP (0 searches) or shrink the model")
     for row in rows:
-        log("matrix", **row)
+        codes = tensors[row["name"]].cpu().numpy()
+        size = entropy_bytes(codes)
+        log("matrix", **row, bits_per_weight=8 * size / codes.size, entropy_bytes=round(size))
     return parts
 
 
@@ -2735,24 +2865,29 @@ def quantize_stage(run: Run, state: TrainState, count: int, identity: Identity):
     cfg, (dist, log, clock), limit = run.cfg, run.rt, run.cfg.max_wallclock_seconds
     # Calibration continues where training ended, on batches after the last that was learnt from.
     batches = Batches(cfg, open_shards(cfg, "train", run.rt, identity), dist, state.loader)
-    run.flat.data.copy_(state.ema)
+    run.flat.data.copy_(state.final_weights())
     # #1858's "void fraction": weights with |w| <= mean |w|, 0.575 for a normal distribution.
-    matrices = run.flat.part(state.ema, "muon").abs()
+    matrices = run.flat.part(run.flat.data, "muon").abs()
     log("weights", below_mean_frac=(matrices <= matrices.mean()).float().mean().item())
     started = time.perf_counter()
-    capture = partial(run.capture, looped=state.looped)
-    hessians = collect_hessians(cfg, run.rt, capture, batches, count,
-                                limit - state.seconds if limit else math.inf)
+    left = limit - state.seconds if limit else math.inf
+    forward, capture = (partial(f, looped=state.looped) for f in (run.forward, run.capture))
+    gradients, spent, first = {}, 0.0, state.loader["batch"]
+    if not cfg.embed_step:
+        gradients = collect_gradients(cfg, run.rt, run.flat, forward, batches, left / 2)
+        spent, first = dist.all_reduce_max(time.perf_counter() - started)[0], batches.state["batch"]
+        log("gradients", batches=first - state.loader["batch"], seconds=spent)
+    hessians = collect_hessians(cfg, run.rt, capture, batches, count, left - spent)
     seconds = dist.all_reduce_max(time.perf_counter() - started)[0]
     batches.close()
     log("hessians", count=len({id(H) for H in hessians.values()}),
-        batches=batches.state["batch"] - state.loader["batch"], seconds=seconds)
+        batches=batches.state["batch"] - first, seconds=seconds - spent)
     clock.close_training_data(state.seconds, state.seconds + seconds)
     log("data_closed", split="train", elapsed_s=clock.data_seconds, limit_s=limit)
     if check_data(cfg, run.rt) != identity:
         raise GolfError(f"{cfg.dataset_dir}: its files changed while training ran; train again")
     if dist.is_main:
-        path, parts = cfg.artifact_path, fit_artifact(run, state, hessians, identity)
+        path, parts = cfg.artifact_path, fit_artifact(run, state, hessians, gradients, identity)
         write_atomic(path, parts)
         identical = path.read_bytes() == b"".join(parts)
         log("read_back", file=path, identical=identical)
@@ -2872,7 +3007,7 @@ def check_room(cfg: Config, flat: Flat):
     """Raise GolfError, before any clock starts, if the run's files cannot be written later."""
     check_output(cfg.checkpoint_path)
     check_output(cfg.artifact_path)
-    needed = 16 * len(flat.data) + cfg.target_bytes         # at most 4 fp32 numbers per parameter
+    needed = 20 * len(flat.data) + cfg.target_bytes         # at most 5 fp32 numbers per parameter
     free = shutil.disk_usage(cfg.out_dir).free
     if free < needed:
         raise GolfError(f"{cfg.out_dir}: {free >> 20} MiB free, checkpoint and artifact may take "
@@ -2892,7 +3027,7 @@ def run_stages(cfg: Config, chosen: list[str], dist: Dist):
         identity, count = check_data(cfg, run.rt), cfg.gptq_calibration_batches
         if "train" in cfg.stage_list:
             state, count = train_stage(run, identity)
-            weights = dict(raw=run.flat.data.clone(), ema=state.ema)
+            weights = dict(raw=run.flat.data.clone(), ema=state.final_weights())
         elif "quantize" in cfg.stage_list:
             state = TrainState.load(run)
         if "quantize" in cfg.stage_list:

@@ -38,7 +38,7 @@ TINY = dict(
     num_kv_heads=2, mlp_mult=2.0, rope_dims=8, xsa_last_n=2, num_loops=1, loop_start=1, loop_end=1,
     parallel_residual_start=2, iterations=6, max_wallclock_seconds=0.0, train_batch_tokens=256,
     micro_batch_seqs=4, warmup_steps=0, train_log_every=2, gptq_calibration_batches=2,
-    matrix_clip_sigmas=12.85, eval_stride=8, eval_batch_seqs=16, ttt_chunk_tokens=256)
+    code_step=0.4145, eval_stride=8, eval_batch_seqs=16, ttt_chunk_tokens=256)
 # What makes a recipe's model and scoring its own, at a size for tests.
 SMALL = dict(dataset=f"toy_sp{VOCAB}", vocab_size=VOCAB, mlp_mult=2.0, parallel_residual_start=2,
              two_lanes=1, looping_min_steps=0, train_batch_tokens=256, micro_batch_seqs=4)

@@ -11,6 +11,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import stirred
@@ -19,7 +20,7 @@ import train_gpt
 from train_gpt import CODECS, MAGIC, GolfError, layout_of, open_container, write_atomic
 
 DTYPES = torch.int8, torch.float16, torch.float32, torch.int64
-SHAPES = (), (1,), (7,), (5, 3), (1, 1, 1), (2, 3, 4, 5), (0,), (3, 0, 2)
+SHAPES = (), (1,), (7,), (5, 3), (3, 0), (0, 3), (1, 1, 1), (2, 3, 4, 5), (0,), (3, 0, 2)
 META = dict(model=dict(a=1, b="ü", c=0.1), steps=2 ** 53 + 1, none=None, nested=[[], {}, [True]])
 
 each_codec = pytest.mark.parametrize("codec", CODECS)
@@ -52,7 +53,7 @@ def some_tensors() -> dict[str, torch.Tensor]:
             "w": random_bits(torch.float32, (3, 4)), "step": torch.tensor(7)}
 
 
-def pack(tensors: dict, codec: str = "brotli", meta=META, kind: str = "artifact") -> bytes:
+def pack(tensors: dict, codec: str = "range", meta=META, kind: str = "artifact") -> bytes:
     """The bytes of a container."""
     return b"".join(train_gpt.pack_tensors(kind, meta, tensors, codec))
 
@@ -94,14 +95,6 @@ def test_a_container_gives_back_its_tensors(tmp_path, codec):
         tensor.fill_(1)                                     # memory of its own, and writable
 
 
-def test_segments_are_put_together(read, monkeypatch):
-    """Whatever is left for the last segment, and whatever tensor it cuts in two."""
-    monkeypatch.setattr(train_gpt, "SEGMENT_BYTES", 64)
-    for size in (0, 1, 39, 40, 41, 63, 64, 65, 1000):
-        tensors = {"a": random_bits(torch.int8, (size,)), "b": random_bits(torch.int64, (3,))}
-        assert same(read(pack(tensors), layout_of(tensors)), tensors)
-
-
 def test_strides_do_not_matter():
     """Transposed, sliced and gradient-tracking tensors are stored as the plain ones they equal."""
     base = torch.randn(6, 8)
@@ -113,7 +106,6 @@ def test_strides_do_not_matter():
 @each_codec
 def test_same_input_same_bytes(monkeypatch, codec):
     """Neither the order of names nor the number of cores makes a difference."""
-    monkeypatch.setattr(train_gpt, "SEGMENT_BYTES", 64)
     tensors = some_tensors()
     data = pack(tensors, codec)
     for order in itertools.permutations(tensors):
@@ -138,9 +130,45 @@ def test_other_input_other_bytes():
 
 def test_regular_tensors_are_compressed():
     """Zeros take next to nothing, and halves of one size little more than their low bytes."""
-    assert len(pack(dict(a=torch.zeros(100_000)))) < 1000
+    for zeros in (torch.zeros(100_000), torch.zeros(250, 400, dtype=torch.int8)):
+        assert len(pack(dict(a=zeros))) < 1000
     assert len(pack(dict(a=1 + torch.rand(100_000).half()))) < 150_000
     assert len(pack(dict(a=torch.zeros(100_000)), "raw")) > 400_000
+
+
+def normal_codes(O: int, I: int, spread: float) -> torch.Tensor:
+    """Codes (O, I) of normal weights whose rows differ in size by so many octaves."""
+    size = 2.0 * torch.exp2(spread * torch.randn(O, 1))
+    return (torch.randn(O, I) * size).round().clamp(-127, 127).to(torch.int8)
+
+
+@pytest.mark.parametrize("spread, most", [(0.0, 1.001), (0.3, 0.995), (0.6, 0.97)])
+def test_codes_take_less_than_their_entropy(spread, most):
+    """Matrices take their order-0 entropy, less than that if rows differ in size."""
+    tensors = {str(i): normal_codes(512, 512, spread) for i in range(8)}
+    entropy = 0.0
+    for codes in tensors.values():
+        p = np.unique(codes, return_counts=True)[1] / codes.numel()
+        entropy -= codes.numel() * (p @ np.log2(p)) / 8
+    assert len(pack(tensors)) < most * entropy
+
+
+def test_entropy_of_a_matrix_is_what_it_takes():
+    """Alone in a file it takes its entropy by class and little more, for counts and sizes."""
+    for spread in (0.0, 0.6):
+        codes = normal_codes(512, 512, spread)
+        entropy = train_gpt.entropy_bytes(codes.numpy())
+        assert entropy < len(pack(dict(a=codes))) < 1.04 * entropy
+    assert train_gpt.entropy_bytes(np.full((9, 7), 5, np.int8)) == 0.0
+    classes = np.repeat([[1, -1], [16, -16]], 50, 0).astype(np.int8)      # a bit each, by row
+    assert train_gpt.entropy_bytes(classes) == 200 / 8
+
+
+def test_rare_codes_of_any_size_come_back(read):
+    """One code unlike all others, of its matrix or of its class, costs bytes and nothing else."""
+    tensors = dict(a=torch.zeros(40, 30, dtype=torch.int8), b=torch.ones(7, 9, dtype=torch.int8))
+    tensors["a"][3, 4], tensors["a"][5, 6], tensors["b"][0, 8] = -128, 127, -127
+    assert same(read(pack(tensors), layout_of(tensors)), tensors)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -220,7 +248,7 @@ def test_another_layout_is_rejected(read):
 def container_of(model: dict) -> train_gpt.Container:
     """A container whose meta data went through JSON, as in a file."""
     meta = json.loads(json.dumps(dict(model=model)))
-    return train_gpt.Container(Path("a/model.golf"), meta, "brotli", {}, [])
+    return train_gpt.Container(Path("a/model.golf"), meta, "range", {}, [])
 
 
 def test_another_model_is_rejected_by_the_name_of_its_setting(cfg):
@@ -239,7 +267,7 @@ def test_another_model_is_rejected_by_the_name_of_its_setting(cfg):
 def test_the_same_model_is_accepted_whatever_else_differs(make_cfg):
     """Settings of training, quantization and scoring may differ; a setting of old may be gone."""
     container = container_of({**make_cfg().group("model"), "gone": 1})
-    train_gpt.check_made_for(container, make_cfg(matrix_lr=0.5, seed=3, ttt_lr=0.1, matrix_bits=5,
+    train_gpt.check_made_for(container, make_cfg(matrix_lr=0.5, seed=3, ttt_lr=0.1, code_step=0.5,
                                                  iterations=9))
 
 
@@ -268,7 +296,8 @@ def test_an_artifact_fits_its_own_model_only(state, make_cfg, make_run, read):
     """The tensors of a quantized model have the layout of its artifact, and of no other model's."""
     run = state.run
     hessians = {n: torch.eye(s[1]) for n, s in run.flat.shapes.items() if len(s) == 2}
-    tensors, _ = train_gpt.quantize_model(run.cfg, run.flat, state.ema, hessians, 12.85, run.rt.log)
+    steps = train_gpt.wanted_steps(run.cfg, run.flat, state.ema, {}, 0.4)
+    tensors, _ = train_gpt.quantize_model(run.cfg, run.flat, state.ema, hessians, steps, run.rt.log)
     data = pack(tensors)
     assert same(read(data, train_gpt.artifact_layout(run.flat)), tensors)
     wider = make_run(make_cfg(num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=4))

@@ -18,10 +18,11 @@ DEFAULTS = asdict(Config())
 
 # A good value other than the default, for fields that not every value suits.
 OTHER = dict(
+    flash_attn="0",
     recipe="demo", run_id="third-try_2.1", out_dir="elsewhere", stages="quantize,eval",
     data_dir="corpora", dataset="notes_sp8192", loader="shuffled", seq_len=1024, model_dim=1024,
     num_heads=16, num_kv_heads=2, rope_dims=32, num_loops=1, loop_start=2, loop_end=6,
-    train_batch_tokens=393216, warmup_steps=2, matrix_bits=5, embed_bits=7, eval_stride=32,
+    train_batch_tokens=393216, warmup_steps=2, eval_stride=32,
     ttt_chunk_tokens=65536, warmdown_frac=1.0)
 
 # Environments with a value that cannot be used, and how the message begins.

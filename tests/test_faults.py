@@ -626,7 +626,8 @@ def test_faults_md_5_a_missing_hessian(make_cfg, make_run, quiet):
     hessians = {n: torch.eye(run.flat.shapes[n][1]) for n in names}
     del hessians["layers.1.mlp.fc.weight"]
     with pytest.raises(train_gpt.GolfError, match="layers.1.mlp.fc.weight"):
-        train_gpt.quantize_model(run.cfg, run.flat, run.flat.data, hessians, 12.85, quiet)
+        steps = train_gpt.wanted_steps(run.cfg, run.flat, run.flat.data, {}, 0.4)
+        train_gpt.quantize_model(run.cfg, run.flat, run.flat.data, hessians, steps, quiet)
 
 
 @pytest.mark.parametrize("folder, order", [

@@ -412,3 +412,30 @@ def test_average_of_the_weights_in_closed_form(make_cfg, make_run, frac):
     expected = d ** 4 * weights[0] + (1 - d) * sum(d ** (4 - i) * weights[i] for i in range(1, 5))
     torch.testing.assert_close(state.ema, expected, atol=1e-6, rtol=1e-5)
     assert state.step == 4 and not torch.equal(weights[3], weights[4])
+
+
+def test_lookahead_takes_gradients_ahead_and_keeps_the_displacement(make_cfg, make_run):
+    """Two steps by hand: the drift moves the weights before the gradient, and averages the steps."""
+    run = make_run(make_cfg(lookahead=0.5, ema_weight=0.25))
+    state = train_gpt.TrainState(run, 100, False)
+    seen, schedule = [], state.schedule
+    weights = lambda: run.flat.data.clone()
+    rows = torch.randint(2, run.cfg.vocab_size, (8, run.cfg.seq_len + 1))
+    true = train_gpt.forward_backward
+    try:
+        train_gpt.forward_backward = lambda *args: (seen.append(weights()), true(*args))
+        first = weights()
+        state.train_step(rows, 0.1)                         # too early: only the drift is averaged
+        second, drift = weights(), state.drift.clone()
+        torch.testing.assert_close(seen[0], first, atol=0, rtol=0)
+        torch.testing.assert_close(drift, (second - first) / 3, atol=1e-7, rtol=1e-4)
+        state.train_step(rows, 0.5)
+        ahead = second + schedule.lookahead(0.5) * drift
+        assert schedule.lookahead(0.5) == 0.5 * schedule.lr_scale(0.5) > 0
+        torch.testing.assert_close(seen[1], ahead, atol=1e-7, rtol=1e-6)
+        moved = drift + (weights() - second - drift) / 3    # the step counts from before it
+        torch.testing.assert_close(state.drift, moved, atol=1e-7, rtol=1e-4)
+    finally:
+        train_gpt.forward_backward = true
+    mixed = 0.75 * weights() + 0.25 * state.ema
+    torch.testing.assert_close(state.final_weights(), mixed, atol=1e-6, rtol=1e-5)

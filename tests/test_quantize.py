@@ -1,4 +1,4 @@
-"""train_gpt.py, Quantization: GPTQ against a slow one, Hessians against explicit sums, clip search.
+"""train_gpt.py, Quantization: GPTQ against a slow one, Hessians, gradients, steps, their search.
 
 Run alone: python -m pytest -q tests/test_quantize.py
 """
@@ -14,8 +14,8 @@ from conftest import stirred
 import train_gpt
 from train_gpt import GolfError
 
-FINE = (6, 12.85)               # bits, clip point in row std: no weight is near the limit
-COARSE = (3, 2.0)               # codes -3..3, so that several weights are at the limit
+USUAL = 0.4145                  # steps in row std: #1394's
+LIMITED = 0.01                  # so fine that codes of several weights are at the limit of int8
 
 
 # ------------------------------------------------------------------------------------------------
@@ -46,79 +46,82 @@ def weights(N: int, O: int, I: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(N, O, I, generator=rng) * torch.linspace(0.1, 2.0, O)[:, None]
 
 
-def quantize(W, H, grid=FINE, damping=0.01, log=lambda *a, **k: None):
-    """Codes and float16 scales of a stack."""
-    bits, clip = grid
-    scale = train_gpt.row_scales(W, 2 ** (bits - 1) - 1, clip, "a stack")
+def rounded(W, sigmas: float) -> torch.Tensor:
+    """Steps (N, O) of so many row std as an artifact holds them."""
+    return train_gpt.stored_steps(train_gpt.round_steps(W, sigmas * W.std(2), "a stack"))
+
+
+def quantize(W, H, step=None, damping=0.01, log=lambda *a, **k: None):
+    """Codes of a stack and the steps (N, O) that they were made with."""
+    step = rounded(W, USUAL) if step is None else step
     invert = partial(train_gpt.inverse_factor, damping=damping, name="a stack", log=log)
-    return train_gpt.quantize_stack(W, H, scale.float(), 2 ** (bits - 1) - 1, invert), scale
+    return train_gpt.quantize_stack(W, H, step, invert), step
 
 
-def slow_codes(W, H, scale, bits: int, damping: float = 0.01) -> torch.Tensor:
+def slow_codes(W, H, step, damping: float = 0.01) -> torch.Tensor:
     """Codes (O, I) of one matrix by optimal brain quantization, weight after weight, in float64.
 
     Each error is spread with the inverse of the Hessian of the columns left, inverted every time.
     """
-    W, H, scale = W.double().clone(), H.double().clone(), scale.double()
+    W, H, step = W.double().clone(), H.double().clone(), step.double()
     dead = H.diagonal() == 0
     W[:, dead], H.diagonal()[dead] = 0, 1
     left = torch.argsort(torch.where(dead, 0, H.diagonal()), descending=True, stable=True).tolist()
     H += damping * H.diagonal().mean() * torch.eye(len(H))
-    Q, limit = torch.zeros(W.shape, dtype=torch.int8), 2 ** (bits - 1) - 1
+    Q = torch.zeros(W.shape, dtype=torch.int8)
     while left:
         inverse, j = torch.linalg.inv(H[left][:, left]), left[0]
-        q = (W[:, j] / scale).round().clamp(-limit, limit)
-        W[:, left] -= torch.outer((W[:, j] - q * scale) / inverse[0, 0], inverse[0])
+        q = (W[:, j] / step).round().clamp(-127, 127)
+        W[:, left] -= torch.outer((W[:, j] - q * step) / inverse[0, 0], inverse[0])
         Q[:, j] = q
         left = left[1:]
     return Q
 
 
-def nearest(W, scale, bits: int) -> torch.Tensor:
+def nearest(W, step) -> torch.Tensor:
     """Codes of plain rounding to the nearest."""
-    limit = 2 ** (bits - 1) - 1
-    return (W / scale.float()[..., None]).round().clamp(-limit, limit).to(torch.int8)
+    return (W / step[..., None]).round().clamp(-127, 127).to(torch.int8)
 
 
-def weighted_error(W, Q, scale, H) -> torch.Tensor:
-    """tr(E H E^T) of each matrix of a stack, E being the error of its codes."""
-    E = (W - Q * scale.float()[..., None]).double()
-    return torch.einsum("noi,nij,noj->n", E, H.double(), E)
+def weighted_error(W, Q, step, H) -> torch.Tensor:
+    """e H e^T (N, O) of each row of a stack, e being the error of its codes, in float64."""
+    E = W.double() - Q * step.double()[..., None]
+    return torch.einsum("noi,nij,noj->no", E, H.double(), E)
 
 
 # ------------------------------------------------------------------------------------------------
 # GPTQ
 # ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("grid", [FINE, COARSE])
-def test_any_block_size_is_the_plain_column_loop(monkeypatch, grid):
+@pytest.mark.parametrize("sigmas", [USUAL, LIMITED])
+def test_any_block_size_is_the_plain_column_loop(monkeypatch, sigmas):
     """Codes are those of optimal brain quantization, one column at a time, at any block size."""
     W, H = weights(3, 6, 24), gram(3, 24)
-    scale = quantize(W, H, grid)[1]
-    want = torch.stack([slow_codes(w, h, s, grid[0]) for w, h, s in zip(W, H, scale)])
-    assert not torch.equal(want, nearest(W, scale, grid[0]))
-    assert (want.min(), want.max()) == (-3, 3) or grid == FINE, "no code reaches the limit"
+    step = sigmas * W.std(2)
+    want = torch.stack([slow_codes(w, h, s) for w, h, s in zip(W, H, step)])
+    assert not torch.equal(want, nearest(W, step))
+    assert (want.min(), want.max()) == (-127, 127) or sigmas == USUAL, "no code is at the limit"
     for block in (1, 2, 5, 24, 128):
         monkeypatch.setattr(train_gpt, "GPTQ_BLOCK", block)
-        assert torch.equal(quantize(W, H, grid)[0], want), block
+        assert torch.equal(quantize(W, H, step)[0], want), block
 
 
-@pytest.mark.parametrize("grid", [FINE, COARSE])
-def test_white_inputs_mean_rounding_to_nearest(grid):
+@pytest.mark.parametrize("sigmas", [USUAL, LIMITED])
+def test_white_inputs_mean_rounding_to_nearest(sigmas):
     """With H a multiple of the identity there is no column to push an error into."""
     W = weights(2, 8, 40)
     for power in (1.0, 37.0):
-        Q, scale = quantize(W, power * torch.eye(40).repeat(2, 1, 1), grid)
-        assert torch.equal(Q, nearest(W, scale, grid[0]))
+        Q, step = quantize(W, power * torch.eye(40).repeat(2, 1, 1), sigmas * W.std(2))
+        assert torch.equal(Q, nearest(W, step))
 
 
 def test_weighted_error_is_below_rounding_to_nearest():
     """On correlated inputs every matrix of a stack errs less than when rounded to nearest."""
     for seed in range(5):
         W, H = weights(4, 16, 48, seed), gram(4, 48, seed=seed)
-        Q, scale = quantize(W, H, (4, 4.0))
-        plain = weighted_error(W, nearest(W, scale, 4), scale, H)
-        assert (weighted_error(W, Q, scale, H) < 0.9 * plain).all()
+        Q, step = quantize(W, H, 0.6 * W.std(2))
+        plain = weighted_error(W, nearest(W, step), step, H).sum(1)
+        assert (weighted_error(W, Q, step, H).sum(1) < 0.9 * plain).all()
 
 
 def test_arguments_are_untouched():
@@ -126,8 +129,8 @@ def test_arguments_are_untouched():
     W, H = weights(2, 6, 24), gram(2, 24)
     H[:, 3], H[:, :, 3] = 0, 0
     kept = W.clone(), H.clone()
-    Q, scale = quantize(W, H)
-    train_gpt.gptq(W, torch.eye(24).triu().repeat(2, 1, 1) + 0.1, scale.float(), 31)
+    _, step = quantize(W, H)
+    train_gpt.gptq(W, torch.eye(24).triu().repeat(2, 1, 1) + 0.1, step)
     assert torch.equal(W, kept[0]) and torch.equal(H, kept[1])
 
 
@@ -136,46 +139,127 @@ def test_dead_inputs_get_code_zero_and_leave_the_others_alone():
     W, H = weights(3, 6, 24), gram(3, 24)
     for n, dead in enumerate([[0, 7], [23], range(24)]):
         H[n, list(dead)], H[n, :, list(dead)] = 0, 0
-    Q, scale = quantize(W, H)
+    Q, step = quantize(W, H)
     assert not Q[0][:, [0, 7]].any() and not Q[1][:, 23].any() and not Q[2].any()
     assert Q[0][:, 23].any()
-    for q, w, h, s in zip(Q, W, H, scale):
-        assert torch.equal(q, slow_codes(w, h, s, 6))
+    for q, w, h, s in zip(Q, W, H, step):
+        assert torch.equal(q, slow_codes(w, h, s))
 
 
 # ------------------------------------------------------------------------------------------------
-# Scales
+# Steps
 # ------------------------------------------------------------------------------------------------
 
-def test_scale_is_rounded_before_use():
-    """Codes belong to the float16 scale that is stored, which is so many std of the row."""
-    W = weights(1, 64, 512)
-    Q, scale = quantize(W, torch.eye(512)[None])
-    exact = 12.85 / 31 * W.double().std(2)
-    assert scale.dtype == torch.half and torch.equal(scale, exact.float().half())
-    assert torch.equal(Q, nearest(W, scale, 6))
-    assert not torch.equal(Q, nearest(W, exact, 6)), "the example cannot tell the two apart"
+def test_stored_steps_are_near_those_wanted():
+    """A step is within 2 ** (1 / 16) of the one that was wanted, in one byte of any value."""
+    W, wanted = torch.randn(1, 256, 8), torch.logspace(-5, 1, 256)[None]
+    logs = train_gpt.round_steps(W, wanted, "a stack")
+    ratio = (train_gpt.stored_steps(logs) / wanted).log2().abs()
+    free = wanted > W.abs().amax(2) / 100
+    assert logs.dtype == torch.int8 and free.any() and ratio[free].max() <= 1 / 16 + 1e-4
+    every = torch.arange(-128, 128, dtype=torch.int8)
+    steps = train_gpt.stored_steps(every)
+    assert torch.equal(train_gpt.round_steps(steps[:, None, None], steps[:, None], "")[:, 0], every)
+
+
+def test_no_code_leaves_int8():
+    """However fine the step that is wanted, the largest weight of a row has a code of its own."""
+    W = weights(2, 16, 200)
+    for sigmas in (1e-6, 0.01):
+        step = rounded(W, sigmas)
+        largest = W.abs().amax(2) / step
+        assert largest.max() <= 127.001 and largest.min() > 116       # 127 / 2 ** (1 / 8)
 
 
 def test_small_weights_lose_no_more_than_large_ones():
-    """Scaled by 1e-5, a matrix has the same error in relation, up to float16's subnormal steps."""
+    """Scaled by a power of two, a matrix has the same codes."""
     W, H = weights(2, 64, 48), gram(2, 48)
-    large, small = (weighted_error(w, *quantize(w, H), H) for w in (W, 1e-5 * W))
-    torch.testing.assert_close(1e10 * small, large, rtol=0.04, atol=0)
+    want, step = quantize(W, H)
+    for octaves in (-18, 3):
+        found, other = quantize(2.0 ** octaves * W, H)
+        assert torch.equal(found, want) and torch.equal(other, 2.0 ** octaves * step)
 
 
-def test_rows_below_the_range_of_float16_raise():
-    """A row that no float16 step can hold is an error that names the matrix, not a row of zeros."""
-    W, H = weights(1, 8, 24), gram(1, 24)
-    W[:, 3] *= 1e-9
-    with pytest.raises(GolfError, match="a stack: a row has a standard .* of .*e-10, outside"):
-        quantize(W, H)
+@pytest.mark.parametrize("factor", [1e-9, 1e9, math.nan])
+def test_rows_beyond_the_range_of_steps_raise(factor):
+    """A row that no stored step can hold is an error that names the matrix, not a row of zeros."""
+    W = weights(1, 8, 24)
+    W[:, 3] *= factor
+    with pytest.raises(GolfError, match="a stack: a row of weights up to .*, outside|outside the"):
+        rounded(W, USUAL)
 
 
 def test_a_row_of_zeros_stays_finite():
-    """A row of zeros, as of a new layer, has codes 0 and a positive scale."""
-    Q, scale = quantize(torch.zeros(1, 4, 8), gram(1, 8))
-    assert not Q.any() and (scale > 0).all()
+    """A row of zeros, as of a new layer, has codes 0 and a positive step."""
+    Q, step = quantize(torch.zeros(1, 4, 8), gram(1, 8))
+    assert not Q.any() and (step > 0).all() and step.isfinite().all()
+
+
+def flat_of(W: torch.Tensor, gradients: torch.Tensor) -> SimpleNamespace:
+    """What `wanted_steps` asks of a model whose matrices are the stack W (N, O, I)."""
+    names = [str(i) for i in range(len(W))]
+    return SimpleNamespace(groups=dict(muon=names, embed=[]), named=lambda w: dict(zip(names, w)),
+                           gradients=dict(zip(names, gradients)))
+
+
+def steps_of(W, gradients, step: float, embed_step: float) -> torch.Tensor:
+    """Stored steps (N, O) of a stack by one of the two rules."""
+    flat, cfg = flat_of(W, gradients), SimpleNamespace(embed_step=embed_step)
+    wanted = train_gpt.wanted_steps(cfg, flat, W, flat.gradients, step)
+    return train_gpt.stored_steps(train_gpt.round_steps(W, torch.stack([*wanted.values()]), ""))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 1.0])
+def test_steps_by_damage_do_less_at_the_same_entropy(spread):
+    """Damage, in float64: the error of every row by its inputs times its gradient squared.
+
+    Coded to the same bytes, steps by damage do less of it than steps by deviation, to every matrix
+    if gradients are alike, and to all together if they differ.
+    """
+    W, H = weights(3, 96, 256), gram(3, 256)
+    gradients = torch.exp(spread * torch.randn(3, 96))
+    damages = []
+    for embed_step in (0.15, 0.0):
+        step = steps_of(W, gradients, 0.4, embed_step)
+        Q = quantize(W, H, step)[0]
+        size = sum(map(len, train_gpt.encode_range(dict(zip("abc", Q)))))
+        damage = (weighted_error(W, Q, step, H) * gradients.double().square()).sum(1)
+        damages.append(damage * 4 ** (8 * size / Q.numel()))          # a bit is a factor of 4
+    assert damages[1].sum() < 0.9 * damages[0].sum()
+    assert spread or (damages[1] < damages[0]).all()
+
+
+def test_a_step_times_its_harm_is_the_same_everywhere():
+    """A row's harm is its gradient, with a share of its matrix's.
+
+    The geometric mean of steps in row std, over rows of all matrices, is what was asked for.
+    """
+    W, gradients = weights(3, 200, 64), torch.exp(torch.randn(3, 200))
+    flat, cfg = flat_of(W, gradients), SimpleNamespace(embed_step=0.0)
+    steps = torch.stack([*train_gpt.wanted_steps(cfg, flat, W, flat.gradients, 0.3).values()])
+    power = gradients.double().square()
+    harm = steps * (power + train_gpt.PRIOR_POWER * power.mean(1, keepdim=True)).sqrt()
+    torch.testing.assert_close(harm, harm[:1, :1].expand_as(harm), rtol=1e-5, atol=0)
+    assert (steps / W.std(2)).log().mean().exp().item() == pytest.approx(0.3, rel=1e-4)
+
+
+def test_a_matrix_that_harms_nothing_takes_nothing():
+    """Without any gradient its codes are zeros, and the other matrices' steps are as without it."""
+    W, gradients = weights(3, 20, 64), torch.exp(torch.randn(3, 20))
+    gradients[1] = 0
+    steps = steps_of(W, gradients, 0.3, 0.0)
+    assert not nearest(W, steps)[1].any()
+    assert torch.equal(steps[[0, 2]], steps_of(W[[0, 2]], gradients[[0, 2]], 0.3, 0.0))
+
+
+def test_steps_by_deviation_are_those_of_the_seeds(trained):
+    """Matrices have so many row std, embeddings their own number, whatever gradients say."""
+    run = trained.run
+    steps = train_gpt.wanted_steps(run.cfg, run.flat, trained.state.ema, {}, 0.3)
+    for name, w in run.flat.named(trained.state.ema).items():
+        if name in steps:
+            size = 20 / 127 if name == "tok_emb" else 0.3
+            torch.testing.assert_close(steps[name], size * w.std(1), rtol=1e-4, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -315,6 +399,27 @@ def test_ranks_sum_to_one_rank(cfg, make_run, world):
         torch.testing.assert_close(total[name], want, rtol=1e-4, atol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_gradients_are_sums_of_squares_by_row(make_cfg, make_run, monkeypatch, world):
+    """The squares of each micro-batch's gradient: mean along rows, sum over all ranks."""
+    monkeypatch.setattr(train_gpt, "GRADIENT_BATCHES", 2)
+    cfg, found, want = make_cfg(micro_batch_seqs=2), 0, 0
+    for rank in range(world):
+        run = stirred(make_run(cfg, ranked(rank, world)))
+        run.rt.dist.all_reduce_ = lambda x: x
+        rows = read_batches(run, 2)
+        sizes = train_gpt.collect_gradients(cfg, run.rt, run.flat, run.forward,
+                                            SimpleNamespace(next=iter(rows).__next__))
+        assert sizes.keys() == {*run.flat.groups["muon"], "tok_emb"}
+        found = found + torch.cat([*sizes.values()]).square()
+        for part in torch.cat(rows).split(2):
+            gradients = torch.autograd.grad(run.forward(part[:, :-1], part[:, 1:]).mean(),
+                                            [*run.model.parameters()])
+            named = dict(zip(dict(run.model.named_parameters()), gradients))
+            want = want + torch.cat([named[n].square().mean(1) for n in sizes])
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-10)
+
+
 @pytest.mark.parametrize("slower, seconds, used", [(0, 0.0, 1), (0, 41.0, 4), (0, 39.0, 3),
                                                    (0, 21.0, 2), (0, 19.0, 1), (25, 41.0, 1)])
 def test_no_batch_is_begun_that_would_end_late(cfg, make_run, monkeypatch, slower, seconds, used):
@@ -336,15 +441,6 @@ def test_no_batch_is_begun_that_would_end_late(cfg, make_run, monkeypatch, slowe
 # The whole model
 # ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("codes, want", [
-    ([7] * 100, 0.0), ([-127, 127] * 50, 100 / 8), (list(range(-31, 33)) * 5, 320 * 6 / 8),
-    ([1, 2, 2, 2], (math.log2(4) + 3 * math.log2(4 / 3)) / 8)])
-def test_entropy_in_closed_form(codes, want):
-    """Bytes of an ideal coder: n log2(k) / 8 for k equally frequent codes, 0 for a single one."""
-    found = train_gpt.entropy_bytes(torch.tensor(codes, dtype=torch.int8))
-    assert found == pytest.approx(want, abs=1e-9)
-
-
 @pytest.fixture
 def trained(make_cfg, make_run, monkeypatch) -> SimpleNamespace:
     """A run with random weights as if trained, its Hessians, and code that counts 1,000 bytes."""
@@ -352,37 +448,35 @@ def trained(make_cfg, make_run, monkeypatch) -> SimpleNamespace:
     cfg = make_cfg(num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1)
     run = stirred(make_run(cfg))
     state = train_gpt.TrainState(run, 6, True)
-    return SimpleNamespace(run=run, state=state, hessians=hessians_of(run, 2))
+    gradients = {n: torch.exp(torch.randn(run.flat.shapes[n][0])) for n in hessians_of(run, 2)}
+    return SimpleNamespace(run=run, state=state, hessians=hessians_of(run, 2), gradients=gradients)
 
 
-def quantize_model(trained, clip: float, hessians=None, **settings):
-    """Tensors of the artifact, and rows about them by name, under other settings."""
-    run, cfg = trained.run, train_gpt.Config(**{**vars(trained.run.cfg), **settings})
-    tensors, rows = train_gpt.quantize_model(cfg, run.flat, trained.state.ema,
-                                             hessians or trained.hessians, clip, run.rt.log)
+def quantize_model(trained, step: float, hessians=None):
+    """Tensors of the artifact, and rows about them by name."""
+    run, ema = trained.run, trained.state.ema
+    steps = train_gpt.wanted_steps(run.cfg, run.flat, ema, {}, step)
+    tensors, rows = train_gpt.quantize_model(run.cfg, run.flat, ema, hessians or trained.hessians,
+                                             steps, run.rt.log)
     return tensors, {row["name"]: row for row in rows}
 
 
-@pytest.mark.parametrize("bits", [3, 6, 8])
-def test_rows_say_what_rounding_did(trained, bits):
-    """Mean squared error over variance, codes at the limit and bits are those of the tensors."""
+@pytest.mark.parametrize("step", [0.1, 0.4, 2.0])
+def test_rows_say_what_rounding_did(trained, step):
+    """Mean squared errors over variances are those of the tensors."""
     named = trained.run.flat.named(trained.state.ema)
-    tensors, rows = quantize_model(trained, 2.0, matrix_bits=bits)
+    tensors, rows = quantize_model(trained, step)
     assert sorted(rows) == sorted([*trained.run.flat.groups["muon"], "tok_emb"])
     for name, row in rows.items():
-        w, q = named[name], tensors[name].float()
-        error = w - q * tensors[name + ".scale"].float()[:, None]
-        limit = 127 if name == "tok_emb" else 2 ** (bits - 1) - 1
-        assert row["bits"] == (8 if name == "tok_emb" else bits) and q.abs().max() <= limit
+        w, q = named[name], tensors[name]
+        error = w - q * train_gpt.stored_steps(tensors[name + ".step"])[:, None]
         assert row["mse"] == pytest.approx(float(error.square().mean() / w.var()), rel=1e-5)
-        assert row["clip_frac"] == pytest.approx(float((q.abs() == limit).float().mean()))
-    assert any(row["clip_frac"] > 0.01 for row in rows.values())
 
 
 def test_dequantized_weights_are_near_the_average(trained):
     """Each matrix has codes of its own, at a small error; vectors are rounded to float16."""
     flat = trained.run.flat
-    tensors, rows = quantize_model(trained, 6.0)
+    tensors, rows = quantize_model(trained, 0.2)
     flat.data.fill_(math.nan)
     train_gpt.dequantize(tensors, flat)
     before, after = flat.named(trained.state.ema), flat.named(flat.data)
@@ -398,7 +492,7 @@ def test_a_matrix_of_zeros_has_no_error(trained):
     """Where nothing was learnt nothing is lost, and the log's numbers stay numbers."""
     name = trained.run.flat.groups["muon"][0]
     trained.run.flat.named(trained.state.ema)[name].zero_()
-    _, rows = quantize_model(trained, 12.85)
+    _, rows = quantize_model(trained, USUAL)
     assert rows[name]["mse"] == 0.0
     assert all(math.isfinite(row[key]) for row in rows.values() for key in row if key != "name")
 
@@ -408,7 +502,7 @@ def test_a_missing_hessian_raises(trained):
     for name in trained.hessians:
         others = {n: H for n, H in trained.hessians.items() if n != name}
         with pytest.raises(GolfError, match=f"{re.escape(name)}: calibration saw no input"):
-            quantize_model(trained, 12.85, others)
+            quantize_model(trained, USUAL, others)
 
 
 def test_lookup_tables_are_rounded_without_a_hessian(make_cfg, make_run):
@@ -418,20 +512,20 @@ def test_lookup_tables_are_rounded_without_a_hessian(make_cfg, make_run):
                               hessians=hessians_of(run, 1))
     tables = set(train_gpt.LOOKUP_TABLES)
     assert not tables & trained.hessians.keys() and tables <= set(run.flat.groups["embed"])
-    tensors, _ = quantize_model(trained, 12.85)
+    tensors, _ = quantize_model(trained, USUAL)
     for name in tables:
-        plain = nearest(run.flat.named(run.flat.data)[name], tensors[f"{name}.scale"], 8)
+        step = train_gpt.stored_steps(tensors[f"{name}.step"])
+        plain = nearest(run.flat.named(run.flat.data)[name], step)
         assert torch.equal(tensors[name], plain)
 
 
 # ------------------------------------------------------------------------------------------------
-# The clip search
+# The search of the step
 # ------------------------------------------------------------------------------------------------
 
-def normal_bytes(count: int, clip: float) -> int:
-    """Bytes of `count` normal weights in 6-bit codes with the clip point `clip`, ideally coded."""
-    step = clip / 31
-    edges = [(j + 0.5) * step / math.sqrt(2) for j in range(-32, 31)]
+def normal_bytes(count: int, step: float) -> int:
+    """Bytes of `count` normal weights in codes of a step in std, ideally coded."""
+    edges = [(j + 0.5) * step / math.sqrt(2) for j in range(-128, 127)]
     masses = [(math.erf(b) - math.erf(a)) / 2 for a, b in zip([-math.inf, *edges],
                                                               [*edges, math.inf])]
     return round(count / 8 * -sum(p * math.log2(p) for p in masses if p))
@@ -439,25 +533,25 @@ def normal_bytes(count: int, clip: float) -> int:
 
 @pytest.mark.parametrize("count, target", [(35_900_000, t * 10 ** 6) for t in (12, 14, 15, 16, 17)]
                          + [(300_000, 110_000), (2_000_000, 850_000)])
-def test_the_search_converges_in_three_tries(count, target):
-    """For normal weights of any number and any target within reach, the third try fits, at least.
+def test_the_search_converges_in_four_tries(count, target):
+    """For normal weights of any number and any target within reach, the fourth try fits, at least.
 
-    That holds with a fixed overhead beside the codes, such as scales, and code of 20 kB.
+    That holds with a fixed overhead beside the codes, such as steps, and code of 20 kB.
     """
-    clip, overhead = train_gpt.FIRST_CLIP, 20_000 + count // 1000
-    for _ in range(3):
-        spare = target - overhead - normal_bytes(count, clip)
-        if 0 <= spare <= train_gpt.CLIP_SLACK:
+    step, overhead = train_gpt.FIRST_STEP, 20_000 + count // 1000
+    for _ in range(4):
+        spare = target - overhead - normal_bytes(count, step)
+        if 0 <= spare <= train_gpt.STEP_SLACK:
             break
-        clip = train_gpt.next_clip(clip, spare, count)
-    assert 0 <= spare <= train_gpt.CLIP_SLACK
+        step = train_gpt.next_step(step, spare, count)
+    assert 0 <= spare <= train_gpt.STEP_SLACK
 
 
 def fit(trained, **settings) -> list[bytes]:
     """Parts of the artifact under other settings."""
     cfg = train_gpt.Config(**{**vars(trained.run.cfg), **settings})
     return train_gpt.fit_artifact(trained.run._replace(cfg=cfg), trained.state, trained.hessians,
-                                  train_gpt.Identity({}, "none"))
+                                  trained.gradients, train_gpt.Identity({}, "none"))
 
 
 def size_of(parts: list[bytes]) -> int:
@@ -466,39 +560,38 @@ def size_of(parts: list[bytes]) -> int:
 
 
 @pytest.mark.parametrize("target", [13_000, 17_000])
-def test_the_clip_search_fills_the_target(trained, quiet, monkeypatch, target):
-    """Without a clip of its own the artifact ends below the target and within the slack of it."""
-    monkeypatch.setattr(train_gpt, "CLIP_SLACK", 300)
-    parts = fit(trained, matrix_clip_sigmas=0.0, target_bytes=target)
+def test_the_search_fills_the_target(trained, quiet, monkeypatch, target):
+    """Without a step of its own the artifact ends below the target and within the slack of it."""
+    monkeypatch.setattr(train_gpt, "STEP_SLACK", 300)
+    parts = fit(trained, code_step=0.0, target_bytes=target)
     assert target - 300 <= size_of(parts) <= target
     tries = quiet.of("compress")
-    assert tries[-1]["total_bytes"] == size_of(parts) and len(tries) <= train_gpt.MOST_CLIPS
-    assert (tries[-1]["matrix_clip_sigmas"] > 12.85) == (tries[0]["total_bytes"] > target)
+    assert tries[-1]["total_bytes"] == size_of(parts) and len(tries) <= train_gpt.MOST_TRIES
+    assert (tries[-1]["code_step"] > train_gpt.FIRST_STEP) == (tries[0]["total_bytes"] > target)
 
 
-def test_the_search_ends_at_the_finest_clip(trained, quiet):
-    """Where there is more room than a model needs, the clip ends at its least."""
-    fit(trained, matrix_clip_sigmas=0.0, target_bytes=10 ** 7)
-    assert quiet.of("compress")[-1]["matrix_clip_sigmas"] == train_gpt.LEAST_CLIP
-    assert {row["clip_sigmas"] for row in quiet.of("matrix")} == {train_gpt.LEAST_CLIP, 20.0}
+def test_the_search_ends_at_the_finest_step(trained, quiet):
+    """Where there is more room than a model needs, the step ends at its least."""
+    fit(trained, code_step=0.0, target_bytes=10 ** 7)
+    assert quiet.of("compress")[-1]["code_step"] == train_gpt.LEAST_STEP
 
 
-def test_an_explicit_clip_is_kept(trained, quiet):
-    """MATRIX_CLIP_SIGMAS is used as it is, once, whatever room is left; the average is packed."""
-    want = fit(trained, matrix_clip_sigmas=5.0)
-    assert [e["matrix_clip_sigmas"] for e in quiet.of("compress")] == [5.0]
-    trained.run.flat.data.normal_()
-    assert fit(trained, matrix_clip_sigmas=5.0) == want
-    trained.state.ema.add_(0.1 * torch.randn(len(trained.state.ema)))
-    assert fit(trained, matrix_clip_sigmas=5.0) != want
+def test_an_explicit_step_is_kept(trained, quiet):
+    """CODE_STEP is used as it is, once, whatever room is left; the model's weights are packed."""
+    want = fit(trained, code_step=0.16)
+    assert [e["code_step"] for e in quiet.of("compress")] == [0.16]
+    trained.state.ema.normal_()
+    assert fit(trained, code_step=0.16) == want
+    trained.run.flat.data.add_(0.1 * torch.randn(len(trained.state.ema)))
+    assert fit(trained, code_step=0.16) != want
 
 
-@pytest.mark.parametrize("clip", [12.85, 0.0])
-def test_too_large_is_an_error_with_both_numbers(trained, quiet, clip):
+@pytest.mark.parametrize("step", [0.4, 0.0])
+def test_too_large_is_an_error_with_both_numbers(trained, quiet, step):
     """An artifact over the target raises an error with its size and the size allowed."""
     with pytest.raises(GolfError) as caught:
-        fit(trained, matrix_clip_sigmas=clip, target_bytes=9_000)
+        fit(trained, code_step=step, target_bytes=4_000)
     model, code, total, *_ = map(int, re.findall(r"\d+", str(caught.value)))
-    assert model + code == total == quiet.of("compress")[-1]["total_bytes"] > 9_000
-    assert code == 1000 and "TARGET_BYTES=9000" in str(caught.value)
+    assert model + code == total == quiet.of("compress")[-1]["total_bytes"] > 4_000
+    assert code == 1000 and "TARGET_BYTES=4000" in str(caught.value)
     assert not quiet.of("matrix")

@@ -78,8 +78,9 @@ def own_log(seed: int, dataset: str = "fineweb10B_sp8192", device: str = "NVIDIA
     steps = 4550 + seed % 10
     size = f"model_bytes={len(model)} code_bytes={len(code)} total_bytes={len(model) + len(code)}"
     final = dict(re.findall(r"(val_\w+)=(\S+)", scores(seed, "ttt", dataset)))
-    matrices = [f"matrix name=layers.{i}.attn.{kind}.weight bits=6 clip_sigmas=12.85 "
-                f"mse={0.001 * (i + 1) + seed % 7 * 1e-5:g} clip_frac=0 entropy_bytes={size}"
+    matrices = [f"matrix name=layers.{i}.attn.{kind}.weight "
+                f"mse={0.001 * (i + 1) + seed % 7 * 1e-5:g} bits_per_weight={3 + i / 10:g} "
+                f"entropy_bytes={size}"
                 for i in range(4) for kind, size in KINDS.items()]
     curve = [f"step n={n}/20000 train_loss={2.7 + 6 / (1 + n / 40) + seed % 7 * 0.01:.8f} "
              f"lr_scale=1 step_ms=130 tokens_per_s=6000000 elapsed_s={0.13 * n:g}"
@@ -95,7 +96,7 @@ def own_log(seed: int, dataset: str = "fineweb10B_sp8192", device: str = "NVIDIA
         "config group=model vocab_size=8192 num_layers=4 model_dim=512 num_loops=2 loop_start=1 "
         "loop_end=2",
         "config group=training max_wallclock_seconds=600 train_batch_tokens=786432 adam_eps=1e-08",
-        "config group=quantization matrix_bits=6 embed_bits=8",
+        "config group=quantization code_step=0 embed_step=0",
         "config group=scoring ttt_epochs=3 ttt_lr=0.005 eval_wallclock_seconds=600",
         "model params=9999999 kernels=1 attention=sdpa",
         "group name=scalar optimizer=adamw tensors=18 params=20",
@@ -107,11 +108,12 @@ def own_log(seed: int, dataset: str = "fineweb10B_sp8192", device: str = "NVIDIA
         f"train_end steps={steps} reason=wallclock elapsed_s={0.13 * steps + 0.1:g} "
         f"seen_tokens={steps * 786432} plan=0123456789abcdef peak_mib=39045",
         f"checkpoint file=runs/s{seed}/checkpoint.golf step={steps} bytes=12345",
+        "gradients batches=8 seconds=1.1",
         "hessians count=17 batches=64 seconds=4.2",
         f"data_closed split=train elapsed_s={0.13 * steps + 4.3:g} limit_s=600",
-        "compress attempt=1 matrix_clip_sigmas=12.85 model_bytes=1 total_bytes=2 seconds=8",
+        "compress attempt=1 code_step=0.45 model_bytes=1 total_bytes=2 seconds=8",
         *matrices,
-        "matrix name=tok_emb bits=8 clip_sigmas=20 mse=0.0005 clip_frac=0 entropy_bytes=2400000",
+        "matrix name=tok_emb mse=0.0005 bits_per_weight=4.6 entropy_bytes=2400000",
         f"read_back file=runs/s{seed}/model.golf identical=1",
         f"artifact file=runs/s{seed}/model.golf {size} limit_bytes=16000000 "
         f"sha256={hashlib.sha256(model).hexdigest()}",
@@ -813,5 +815,6 @@ def test_another_process_draws_the_same(logs):
 def test_parts_of_the_artifact_add_up(logs):
     """The bars of the byte budget sum to the limit, and kinds keep the ratio of their entropies."""
     parts = submit.byte_parts(submit.read_log(Path(logs[0])))
-    assert sum(parts.values()) == pytest.approx(submit.LIMIT_BYTES)
-    assert parts["attn.c_q"] / parts["attn.c_k"] == pytest.approx(2) and "tok_emb" in parts
+    assert sum(size for size, *_ in parts.values()) == pytest.approx(submit.LIMIT_BYTES)
+    assert parts["attn.c_q"][0] / parts["attn.c_k"][0] == pytest.approx(2)
+    assert parts["tok_emb"][1:] == (4.6,) and parts["attn.c_q"][1:] == (3, 3.1, 3.2, 3.3)

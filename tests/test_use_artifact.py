@@ -155,7 +155,7 @@ def test_artifacts_of_other_versions_are_rejected_by_name(artifact, tmp_path, cl
         meta[group].pop("" if added else removed, None)
         meta[group].pop(removed, None)
         meta[group].pop("", None)
-        path.write_bytes(b"".join(train_gpt.pack_tensors("artifact", meta, tensors, "brotli")))
+        path.write_bytes(b"".join(train_gpt.pack_tensors("artifact", meta, tensors, "range")))
         names = ", ".join(sorted(filter(None, (removed, added))))
         rejected(cli("sample", artifact=path), f"another version .* {group} settings .* {names};")
 
@@ -168,7 +168,7 @@ def test_recurrence_is_on_only_where_it_was_trained(artifact, toy_data, tmp_path
     model = {**container.meta["model"], "num_loops": 1, "loop_start": 1, "loop_end": 1}
     for looped in (False, True):
         meta = {**container.meta, "model": model, "looped": looped}
-        path.write_bytes(b"".join(train_gpt.pack_tensors("artifact", meta, tensors, "brotli")))
+        path.write_bytes(b"".join(train_gpt.pack_tensors("artifact", meta, tensors, "range")))
         found = open_artifact(path, str(toy_data)).run.forward(tokens)
         assert torch.equal(found, plain) != looped
 
