@@ -85,7 +85,7 @@ def setting(default, low: float | None = None, below: float = 1 << 60):
 GROUPS = dict(recipe="run", data_dir="data", vocab_size="model", iterations="training",
               tied_embed_lr="optimizer", matrix_bits="quantization", eval_stride="scoring")
 DIVISORS = (("num_heads", "model_dim"), ("num_kv_heads", "num_heads"), ("eval_stride", "seq_len"),
-            ("seq_len", "train_batch_tokens"), ("seq_len", "ttt_chunk_tokens"))
+            ("seq_len", "train_batch_tokens"))
 
 
 def find_problems(c):
@@ -102,7 +102,15 @@ def find_problems(c):
         a, b = getattr(c, part), getattr(c, whole)
         if b % a:
             yield f"{part.upper()}={a} does not divide {whole.upper()}={b}"
+    size, most = c.ttt_chunk_tokens, c.seq_len // 4
     for wrong, message in (
+            (size % c.seq_len and not c.ttt_rank,
+             f"SEQ_LEN={c.seq_len} does not divide TTT_CHUNK_TOKENS={size}"),
+            (size > most and c.ttt_rank,
+             f"TTT_CHUNK_TOKENS={size}: an adapter (TTT_RANK={c.ttt_rank}) learns from at most a "
+             f"quarter of SEQ_LEN={c.seq_len} at once; lower it to {most}"),
+            (c.extras_1060 and c.ttt_rank,
+             f"TTT_RANK={c.ttt_rank}: adapters do not fit #1060's extras; set TTT_RANK=0"),
             (c.stage_list != [s for s in ("train", "quantize", "eval") if s in c.stage_list],
              f"STAGES={c.stages}: must name some of train,quantize,eval in this order"),
             (c.loader not in ("coprime", "shuffled"),
@@ -193,13 +201,14 @@ class Config:
     gptq_damping: float = 0.01  # added to a Hessian's diagonal, relative to its mean
     target_bytes: int = 16000000  # size limit of code and model together
     eval_stride: int = 64  # targets between two sliding windows
-    eval_batch_seqs: int = 64  # windows scored at once; changes memory, not results
+    eval_batch_seqs: int = 64  # windows or documents at once; changes memory, not results
     sliding_enabled: bool = True  # also score sliding windows with frozen weights
     ttt_enabled: bool = True  # headline score with test-time training
-    ttt_lr: float = setting(0.005, low=0)  # peak SGD learning rate, cosine to 0 over the chunks
+    ttt_rank: int = setting(0, low=0)  # rank of a document's adapter; 0 = SGD on all weights
+    ttt_lr: float = setting(0.005, low=0)  # of an adapter, or SGD's peak, cosine to 0 over chunks
     ttt_momentum: float = setting(0.9, low=0, below=1)  # SGD momentum, kept between chunks
     ttt_epochs: int = 3  # SGD steps on a chunk after it has been scored
-    ttt_chunk_tokens: int = 32768  # targets scored before the weights may learn from them
+    ttt_chunk_tokens: int = 32768  # targets scored before they may be learnt from
     eval_wallclock_seconds: float = setting(600.0, low=0)  # scoring the artifact; 0 = no limit
 
     def __post_init__(self):
@@ -236,7 +245,8 @@ class Config:
 GOLF = dict(
     num_heads=4, num_kv_heads=2, smear_channels=12, head_gate_channels=12, two_lanes=3,
     looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, matrix_lr=0.03, tied_embed_lr=0.04,
-    beta2=0.99, muon_momentum=0.95, muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300)
+    beta2=0.99, muon_momentum=0.95, muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300,
+    ttt_rank=32, ttt_lr=0.001, ttt_chunk_tokens=48)
 RECIPES = {
     "pr1876": {},
     "pr1858": dict(ttt_epochs=2),
@@ -356,6 +366,10 @@ class Dist:
         """This rank's contiguous slice of `items`; the slices of all ranks partition it."""
         n = len(items)
         return items[n * self.rank // self.world:n * (self.rank + 1) // self.world]
+
+    def share(self, items):
+        """Every world-th of `items`, for this rank: where neighbours are alike, equal work."""
+        return items[self.rank::self.world]
 
     def equal_slice(self, x: Tensor) -> Tensor:
         """This rank's slice of `x` along dimension 0, padded with zeros to one length on all."""
@@ -950,6 +964,8 @@ class Context(NamedTuple):
     cos: Tensor                     # (T, 1, R) of the rotation angles
     sin: Tensor
     values: Tensor | None           # (B, T, K, D) value embedding of #1060
+    attend: Callable                # attention: `attend`, or Past.attend for a chunk of a document
+    adapt: Callable | None          # adapt(linears, x) is added to the outputs of matrices
     tap: Callable | None            # tap(names, x) sees the input x of the matrices `names`
     fused: bool                     # run Triton kernels instead of their twins in PyTorch
 
@@ -991,7 +1007,8 @@ class Linear(nn.Module):
         if ctx.tap is not None:
             ctx.tap([linear.name for linear in linears], x)
         weights = [linear.cast(x.dtype, scale) for linear in linears]
-        return F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0])
+        y = F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0])
+        return y if ctx.adapt is None else y + ctx.adapt(linears, x)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -1001,11 +1018,10 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
-def rotary_angles(cfg: Config) -> Tensor:
-    """Rotation angle of each position and channel pair, (T, R) float32."""
-    pairs = cfg.rope_dims // 2
-    speed = cfg.rope_base ** -(torch.arange(pairs, dtype=torch.float64) / pairs)        # (R,)
-    return torch.outer(torch.arange(cfg.seq_len, dtype=torch.float64), speed).float()
+def rotary_angles(cfg: Config, positions: Tensor) -> Tensor:
+    """Rotation angle of each of the positions (T,) and channel pair, (T, R) float32."""
+    pairs = torch.arange(cfg.rope_dims // 2, dtype=torch.float64, device=positions.device)
+    return torch.outer(positions.double(), cfg.rope_base ** -(pairs / len(pairs))).float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1050,6 +1066,42 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
+class Memory(NamedTuple):
+    """What B documents side by side, each read as far as position `at`, leave to their next chunk.
+
+    They are constants: no gradient reaches them.  Positions before 0 are zeros that nobody sees.
+    """
+    kept: Tensor        # (passes of a layer, 2, B, S, K, D) keys and values of the last S tokens
+    last: Tensor        # (B, 1, C) embedding of the last token, for SmearGate
+    at: Tensor          # () int64
+
+
+class Past:
+    """The forward pass of the T tokens after a `memory`, and the memory that they leave.
+
+    A pass costs its own tokens: keys and values of earlier ones are read and not computed again.
+    """
+
+    def __init__(self, cfg: Config, memory: Memory, T: int, adapt: Callable):
+        S, self.adapt, self.after = memory.kept.size(3), adapt, []
+        self.last, self.kept = memory.last, iter(memory.kept.unbind())
+        key = torch.arange(-S, T, device=memory.at.device) + memory.at          # (S + T,)
+        query = key[S:, None]                                                   # (T, 1)
+        self.angles = rotary_angles(cfg, key[S:])[:, None]                      # (T, 1, R)
+        self.visible = (key >= 0) & (key <= query) & (key > query - cfg.seq_len)    # (T, S + T)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Like `attend`, over what is kept for this layer and then causally over the chunk."""
+        (B, T, H, D), K = q.shape, k.size(2)
+        both = torch.cat([next(self.kept), torch.stack([k, v])], 2)             # (2, B, S + T, K, D)
+        self.after.append(both[:, :, T:].detach())
+        # The queries that share a key are rows of one product: no backend need know groups.
+        q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G T, D)
+        mask = self.visible.repeat(H // K, 1)                                   # (G T, S + T)
+        y = F.scaled_dot_product_attention(q, *both.transpose(2, 3), attn_mask=mask)
+        return y.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
 def sdpa_backends(dist: Dist):
     """Context in which PyTorch's attention takes the first backend that supports the model."""
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
@@ -1086,7 +1138,7 @@ class Attention(nn.Module):
         q, k, v = split(qkv.view(B, T, -1, self.head_dim), self.q_gain, ctx.cos, ctx.sin)
         if self.value_gain is not None:                     # before XSA, which excludes this too
             v = v + self.value_gain.to(x.dtype) * ctx.values
-        y = attend(q, k, v)                                             # (B, T, H, D)
+        y = ctx.attend(q, k, v)                                         # (B, T, H, D)
         if self.xsa:
             y = (FusedExclusion.apply if ctx.fused else exclude_self)(y, v)
         if self.head_gate is not None:
@@ -1278,7 +1330,7 @@ class GPT(nn.Module):
         self.skip_weights = param(torch.ones(skips, cfg.model_dim), "scalar")
         if cfg.skip_gates_enabled:
             self.skip_gates = param(torch.zeros(skips, cfg.model_dim), "scalar")
-        angles = rotary_angles(cfg)[:, None]                                        # (T, 1, R)
+        angles = rotary_angles(cfg, torch.arange(cfg.seq_len))[:, None]             # (T, 1, R)
         self.register_buffer("cos", angles.cos().to(dtype), persistent=False)
         self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
         for name, module in self.named_modules():
@@ -1301,19 +1353,31 @@ class GPT(nn.Module):
             hidden = hidden[:, -targets.size(1):]
         return self.per_token_loss(hidden.float() if precise else hidden, targets)
 
-    def hidden(self, tokens: Tensor, looped: bool, tap: Callable | None = None) -> Tensor:
-        """State of every position after the final norm, (B, T, C); `tap` as in Context."""
+    def hidden(self, tokens: Tensor, looped: bool, tap: Callable | None = None,
+               past: Past | None = None) -> Tensor:
+        """State of every position after the final norm, (B, T, C); `tap` as in Context.
+
+        With a `past`, tokens continue their documents, by weights and their adapters.
+        """
         T, extras, values = tokens.size(1), self.extras, None
         x = F.embedding(tokens, self.tok_emb)                                       # (B, T, C)
         x = (x if extras is None else x + extras.pairs(tokens)).to(self.dtype)
         if self.cfg.smear_channels:                         # SmearGate, #1667, masked as in #1851
             gate = self.smear_strength.to(x.dtype) * channel_gate(x, self.smear_weight)
             gate = gate * (tokens != BOS)[..., None]                                # (B, T, 1)
-            x = x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
+            first = past and past.last                      # None: a window begins with zeros
+            if past:
+                past.last = x[:, -1:].detach().contiguous()
+            x = x + gate * (F.pad(x[:, :-1], (0, 0, 1, 0)) if first is None else
+                            torch.cat([first, x[:, :-1]], 1))
         x = rms_norm(x)
         if extras is not None:
             x, values = extras.smear(x, tokens), extras.values(tokens, x.dtype)
-        ctx = Context(x, self.cos[:T], self.sin[:T], values, tap, self.fused and tap is None)
+        ctx = Context(x, self.cos[:T], self.sin[:T], values, attend, None, tap,
+                      self.fused and tap is None and past is None)
+        if past:
+            cos, sin = past.angles.cos().to(x.dtype), past.angles.sin().to(x.dtype)
+            ctx = ctx._replace(cos=cos, sin=sin, attend=past.attend, adapt=past.adapt)
         hidden = rms_norm(self.run_layers(x, ctx, looped))
         if tap is not None:
             tap(["tok_emb"], hidden)
@@ -1340,9 +1404,13 @@ class GPT(nn.Module):
             x, lane = self.layers[i](x, lane, ctx)
         return x if lane is None else 0.5 * (x + lane)
 
-    def per_token_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Nats of targets (B, t) given hidden states (B, t, C): (B, t) float32."""
+    def per_token_loss(self, hidden: Tensor, targets: Tensor, more: Tensor | None = None) -> Tensor:
+        """Nats of targets (B, t) given hidden states (B, t, C): (B, t) float32.
+
+        `more` (B, t, V) is added to the logits, as the output of an adapter of the head.
+        """
         logits = F.linear(hidden, self.tok_emb.to(hidden.dtype))                    # (B, t, V)
+        logits = logits if more is None else logits + more
         return SoftcapNLL.apply(logits, targets, self.cfg.logit_softcap)
 
     def capture_linear_inputs(self, tokens: Tensor, looped: bool) -> list[tuple[list, Tensor]]:
@@ -1873,10 +1941,15 @@ class Window(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Windows that are scored by the same weights, and the targets first..last - 1 they score."""
+    """Windows that are scored by the same weights, and the targets first..last - 1 they score.
+
+    Of documents, which are scored in an order of their own, first and last count scored targets.
+    """
     windows: list[Window]
     first: int
     last: int
+    told: dict | None = None        # what the log tells of it; None = nothing
+    goes_on: tuple[bool, ...] = ()  # of each window: something scored later may learn from it
 
 
 def plain_plan(n: int, cfg: Config) -> list[Chunk]:
@@ -1889,11 +1962,48 @@ def sliding_plan(n: int, cfg: Config) -> list[Chunk]:
 
     The first window scores all of its targets, every other one the last `eval_stride`.
     """
-    T, size = cfg.seq_len, cfg.ttt_chunk_tokens
+    T, size = cfg.seq_len, n if cfg.ttt_rank else cfg.ttt_chunk_tokens
     starts = range(cfg.eval_stride, n - T + 1, cfg.eval_stride)
     windows = [Window(0, T), *(Window(start, cfg.eval_stride) for start in starts)]
-    groups = itertools.groupby(windows, lambda w: (w.start + T - w.tail) // size)
-    return [Chunk(list(group), i * size, min((i + 1) * size, n)) for i, group in groups]
+    groups, chunks = itertools.groupby(windows, lambda w: (w.start + T - w.tail) // size), []
+    for i, group in groups:
+        first, last = i * size, min((i + 1) * size, n)
+        told = dict(chunk=f"{i + 1}/{-(-n // size)}", first=first, last=last)
+        chunks.append(Chunk(list(group), first, last, told, (last < n,)))
+    return chunks
+
+
+def find_documents(tokens: Tensor) -> list[range]:
+    """Targets of each document of a stream (n + 1,), longest first, then in their order.
+
+    A document begins with BOS, or with the stream; its last target is the BOS of the next one.
+    """
+    n = len(tokens) - 1
+    starts = (tokens[:n] == BOS).nonzero()[:, 0].tolist()
+    cuts = sorted({0, n, *starts})
+    return sorted(map(range, cuts, cuts[1:]), key=lambda d: (-len(d), d.start))
+
+
+def document_plan(documents: list[range], cfg: Config, world: int) -> list[Chunk]:
+    """Chunks of ttt_chunk_tokens targets of documents of like length, side by side.
+
+    A batch holds eval_batch_seqs documents for each of `world` ranks, which so have equal work.
+    Window i of a chunk is that of the batch's document i, its tail 0 once the document has ended.
+    """
+    T, size, each, scored, chunks = cfg.seq_len, cfg.ttt_chunk_tokens, cfg.eval_batch_seqs, 0, []
+    batches = [documents[i:i + each * world] for i in range(0, len(documents), each * world)]
+    for i, batch in enumerate(batches, 1):
+        before = scored
+        for at in range(0, len(batch[0]), size):
+            parts = [d[at:at + size] for d in batch]
+            windows = [Window(p.stop - T, len(p)) for p in parts]
+            first, scored = scored, scored + sum(map(len, parts))
+            goes_on = tuple(len(d) > at + size for d in batch)
+            told = None if any(goes_on) else dict(
+                chunk=f"{i}/{len(batches)}", first=before, last=scored, documents=len(batch),
+                updates=at // size)
+            chunks.append(Chunk(windows, first, scored, told, goes_on))
+    return chunks
 
 
 class Tally:
@@ -1950,6 +2060,26 @@ class Scorer:
         tally.add(nll[:B], sizes, windows, self.cfg.seq_len)                    # without padding
 
 
+class DocumentScorer(Scorer):
+    """Scores chunks of documents side by side, each by the weights and what it taught `learner`."""
+
+    def __init__(self, run: "Run", learner: "Frozen", stream: Stream):
+        super().__init__(run.cfg, run.rt, learner.forward, stream)
+
+    def score(self, windows: list[Window], tally: Tally):
+        """Score this rank's documents of a batch: every world-th of `windows`."""
+        cfg, mine, T = self.cfg, self.rt.dist.share(windows), self.cfg.ttt_chunk_tokens
+        starts = [w.start + cfg.seq_len - w.tail for w in mine]
+        starts += [0] * (cfg.eval_batch_seqs - len(mine))
+        real = [T * i + j for i, w in enumerate(mine) for j in range(w.tail)]
+        starts, real = (torch.tensor(x).to(self.rt.dist.device) for x in (starts, real))
+        # What follows the end of a document is padding, as are documents beyond the last.
+        at = (starts[:, None] + self.steps[:T]).clamp(max=len(self.stream.bytes) - 1)       # (B, T)
+        tokens, targets = (self.stream.tokens[at + i].long() for i in (0, 1))
+        nll = self.forward(tokens, targets).flatten()[real.long()]
+        tally.add(nll, self.stream.bytes[at.flatten()[real.long()]], mine, cfg.seq_len)
+
+
 class Frozen:
     """No test-time training; base class of learners, which never see the tally."""
     learns = False
@@ -1969,14 +2099,15 @@ def evaluate(scorer: Scorer, plan: list[Chunk], learner: Frozen) -> Tally:
     """
     dist, log = scorer.rt.dist, scorer.rt.log
     tally = Tally(len(scorer.stream.bytes), dist.device)
-    for i, chunk in enumerate(log.track(plan, "scoring", len(plan)), 1):
+    for chunk in log.track(plan, "scoring", len(plan)):
         learner.before(chunk)
         scorer.score(chunk.windows, tally)      # score: the weights know earlier chunks only
-        span = dict(chunk=f"{i}/{len(plan)}", first=chunk.first, last=chunk.last)
-        if learner.learns:
-            log("score", **span, bpb=tally.total(dist)[1])
-            if i < len(plan):                           # nothing is scored after the last chunk
-                log("update", **span, **learner.after(chunk))       # learn: the chunk is scored
+        if learner.learns and chunk.told:
+            log("score", **chunk.told, bpb=tally.total(dist)[1])
+        if learner.learns and any(chunk.goes_on):       # nothing is scored after a last chunk
+            values = learner.after(chunk)                           # learn: the chunk is scored
+            if chunk.told:
+                log("update", **chunk.told, **values)
     return tally
 
 
@@ -2029,6 +2160,116 @@ class SGD(Frozen):
         clip_gradient_(flat.grad, self.CLIP_NORM)
         self.velocity.mul_(self.run.cfg.ttt_momentum).add_(flat.grad)
         flat.data.add_(self.velocity, alpha=-lr)
+
+
+class LoRA(Frozen):
+    """Low-rank adapters, one for each document, which learn from its chunks (#1530, #1767, #1953).
+
+    For every pass of a layer, a document owns A (r, I) and B (O, r) for each of SITES and for the
+    head, and x A' B' is added to the matrix's outputs.  B begins at zero and A at the same random
+    values for all documents: the first chunk is scored by the weights alone, and no document knows
+    of another.  Learning is AdamW without momentum, on the mean loss of a chunk of each document.
+    """
+    learns = True
+    SITES = "c_k", "proj", "fc"     # Linear modules by their last name: K, O, both of the MLP
+    SCALE = 1.8                     # of an adapter's output: #1767's 144 / rank 80
+    BETA2, EPS, DECAY = 0.99, 1e-10, 0.5
+    SHORT = 4                       # seq_len over the room for keys of a document's beginning
+
+    def __init__(self, run: "Run", looped: bool):
+        self.run, self.looped, cfg, dist = run, looped, run.cfg, run.rt.dist
+        passes = [run.model.layers[i] for part in layer_schedule(cfg, looped) for i in part]
+        self.passes, C, V = len(passes), cfg.model_dim, cfg.vocab_size
+        shapes = [tuple(m.weight.shape) for layer in passes for m in layer.modules()
+                  if isinstance(m, Linear) and self.is_site(m)] + [(V, C)]      # as in a pass
+        B, r, rng = cfg.eval_batch_seqs, cfg.ttt_rank, generator(cfg.seed, "adapters")
+        self.shapes = [shape for O, I in shapes for shape in ((B, r, I), (B, O, r))]
+        self.initial = torch.cat([
+            torch.from_numpy(rng.uniform(-I ** -0.5, I ** -0.5, (r, I))).float().expand(B, r, I)
+            .flatten() if i % 2 == 0 else torch.zeros(B * r * O)
+            for O, I in shapes for i in (0, 1)]).to(dist.device)                # (Q,)
+        self.data, self.square = self.initial.clone(), torch.zeros_like(self.initial)
+        compiled = compiler(cfg, dist)
+        self.run_chunk, self.adamw = compiled(self.run_chunk), compiled(self.adamw)
+        run.model.requires_grad_(False)                     # only adapters learn
+        self.over = True                                    # the last batch is: a new one follows
+
+    @classmethod
+    def is_site(cls, linear: Linear) -> bool:
+        """Whether adapters add to this matrix."""
+        return linear.name.split(".")[-2] in cls.SITES
+
+    def before(self, chunk: Chunk):
+        """Begin a batch with fresh adapters and an empty memory."""
+        cfg, model = self.run.cfg, self.run.model
+        if self.over:
+            self.data, self.square = self.initial.clone(), torch.zeros_like(self.initial)
+            new = partial(self.data.new_zeros, dtype=model.dtype)
+            shape = self.passes, 2, cfg.eval_batch_seqs, cfg.seq_len // self.SHORT, \
+                cfg.num_kv_heads, cfg.head_dim
+            self.memory, self.position = Memory(
+                new(shape), new(cfg.eval_batch_seqs, 1, cfg.model_dim),
+                new((), dtype=torch.int64)), 0
+        self.over = not any(chunk.goes_on)
+        # Two sizes of memory, so two graphs: most documents end within the first.
+        room = cfg.seq_len - self.memory.kept.size(3)
+        if room and self.position > self.memory.kept.size(3):
+            longer = F.pad(self.memory.kept, (0, 0, 0, 0, room, 0))
+            self.memory = self.memory._replace(kept=longer)
+
+    def run_chunk(self, tokens: Tensor, targets: Tensor, data: Tensor, memory: Memory) -> tuple:
+        """Nats (B, T) and hidden states (B, T, C) of a chunk by adapters `data`, and the memory."""
+        model, T = self.run.model, tokens.size(1)
+        parts = data.split([math.prod(shape) for shape in self.shapes])
+        parts = iter([part.view(shape) for part, shape in zip(parts, self.shapes)])
+
+        def output(x: Tensor) -> Tensor:                    # (B, T, I) -> (B, T, O)
+            A, B = next(parts).to(x.dtype), next(parts).to(x.dtype)
+            return self.SCALE * ((x @ A.mT) @ B.mT)
+
+        def adapt(linears: list[Linear], x: Tensor) -> Tensor:
+            return torch.cat([output(x) if self.is_site(linear) else
+                              x.new_zeros(*x.shape[:2], len(linear.weight)) for linear in linears], 2)
+        past = Past(self.run.cfg, memory, T, adapt)
+        hidden = model.hidden(tokens, self.looped, past=past)
+        exact = hidden.float()
+        nll = model.per_token_loss(exact, targets, output(exact))
+        return nll, hidden.detach(), Memory(torch.stack(past.after), past.last, memory.at + T)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Nats of the targets (B, T) of the batch's next chunk, tokens (B, T): what is scored."""
+        self.data.requires_grad_()
+        self.nll, _, self.memory = self.run_chunk(tokens, targets, self.data, self.memory)
+        self.position += tokens.size(1)
+        return self.nll.detach()
+
+    def after(self, chunk: Chunk) -> dict:
+        """Learn from the chunk: one step for every document that goes on, by its mean loss."""
+        T = self.run.cfg.ttt_chunk_tokens
+        mine = self.run.rt.dist.share(chunk.goes_on)
+        mine = torch.tensor([*mine, *[False] * (len(self.nll) - len(mine))]).to(self.nll.device)
+        grad, = torch.autograd.grad((self.nll * (mine / T)[:, None]).sum(), self.data)
+        with torch.no_grad():
+            self.adamw(self.data.detach(), grad, self.square, self.memory.at // T)
+        return {}
+
+    def adamw(self, data: Tensor, grad: Tensor, square: Tensor, step: Tensor):
+        """Step number `step` () of AdamW with beta1 = 0, in place."""
+        lr = self.run.cfg.ttt_lr
+        square.mul_(self.BETA2).add_(grad * grad, alpha=1 - self.BETA2)
+        rms = (square / (1 - self.BETA2 ** step)).sqrt()
+        data.mul_(1 - lr * self.DECAY).sub_(lr * grad / (rms + self.EPS))
+
+    def warm_up(self):
+        """Learn from random tokens until every graph has been compiled, and forget them."""
+        cfg, B, T = self.run.cfg, self.run.cfg.eval_batch_seqs, self.run.cfg.ttt_chunk_tokens
+        tokens = torch.randint(cfg.vocab_size, (B, T), device=self.data.device)
+        chunk = Chunk([], 0, 0, goes_on=(True,) * B * self.run.rt.dist.world)
+        for _ in range(cfg.seq_len // self.SHORT // T + 4):
+            self.before(chunk)
+            self.forward(tokens, tokens.clone())         # aliases are another graph
+            self.after(chunk)
+        self.over = True
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2639,7 +2880,7 @@ def open_validation(run: Run, tokenizer, identity: Identity) -> Stream:
     return Stream(*(torch.from_numpy(a).to(run.rt.dist.device) for a in arrays))
 
 
-def warm_up_scoring(run: Run, forward: Callable):
+def warm_up_scoring(run: Run, forward: Callable, learner: LoRA | None = None):
     """Compile every shape that scoring and test-time training use, on random tokens."""
     cfg, (dist, log, _) = run.cfg, run.rt
     started, shape = time.perf_counter(), (cfg.eval_batch_seqs, cfg.seq_len)
@@ -2647,7 +2888,9 @@ def warm_up_scoring(run: Run, forward: Callable):
         tokens = torch.randint(cfg.vocab_size, shape, device=dist.device)
         for tail in {cfg.seq_len, cfg.eval_stride}:
             forward(tokens, tokens[:, -tail:].contiguous(), precise=True)       # as in score_batch
-    if cfg.ttt_enabled:
+    if learner:
+        learner.warm_up()
+    elif cfg.ttt_enabled:
         shape = (cfg.ttt_chunk_tokens + 1,)
         chunk = torch.randint(cfg.vocab_size, shape, dtype=torch.int32, device=dist.device)
         SGD(run, forward, Stream(chunk, chunk), 2).step(chunk, 0.0)             # moves nothing
@@ -2672,7 +2915,9 @@ def eval_stage(run: Run, weights: dict[str, Tensor], identity: Identity) -> dict
     forward = partial(run.forward, looped=container.meta["looped"])
     tensors = container.tensors(artifact_layout(run.flat))
     tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, container.meta["tokenizer"])
-    warm_up_scoring(run, forward)
+    adapts = cfg.ttt_enabled and cfg.ttt_rank > 0
+    learner = LoRA(run, container.meta["looped"]) if adapts else None
+    warm_up_scoring(run, forward, learner)
     if rt.clock.phase == "train":                           # this run has not calibrated
         rt.clock.close_training_data()
     started = time.perf_counter()
@@ -2689,7 +2934,11 @@ def eval_stage(run: Run, weights: dict[str, Tensor], identity: Identity) -> dict
     name, (loss, bpb) = "quantized", score(scorer, "quantized", plain, Frozen(), timed=True)
     if cfg.sliding_enabled:
         name, (loss, bpb) = "sliding", score(scorer, "sliding", sliding, Frozen(), timed=True)
-    if cfg.ttt_enabled:                                     # last: it leaves other weights behind
+    if adapts:
+        plan = document_plan(find_documents(stream.tokens), cfg, rt.dist.world)
+        documents = DocumentScorer(run, learner, stream)
+        name, (loss, bpb) = "ttt", score(documents, "ttt", plan, learner, timed=True)
+    elif cfg.ttt_enabled:                                   # last: it leaves other weights behind
         learner = SGD(run, forward, stream, len(sliding))
         name, (loss, bpb) = "ttt", score(scorer, "ttt", sliding, learner, timed=True)
     block = dict(val_bpb=bpb, val_loss=loss, score=name, train_seconds=rt.clock.train_seconds,
