@@ -367,10 +367,6 @@ class Dist:
         n = len(items)
         return items[n * self.rank // self.world:n * (self.rank + 1) // self.world]
 
-    def share(self, items):
-        """Every world-th of `items`, for this rank: where neighbours are alike, equal work."""
-        return items[self.rank::self.world]
-
     def equal_slice(self, x: Tensor) -> Tensor:
         """This rank's slice of `x` along dimension 0, padded with zeros to one length on all."""
         each = -(-len(x) // self.world)
@@ -1067,27 +1063,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Memory(NamedTuple):
-    """What B documents side by side, each read as far as position `at`, leave to their next chunk.
-
-    They are constants: no gradient reaches them.  Positions before 0 are zeros that nobody sees.
-    """
+    """What documents side by side, read as far as position `at`, leave to their next chunk."""
     kept: Tensor        # (passes of a layer, 2, B, S, K, D) keys and values of the last S tokens
     last: Tensor        # (B, 1, C) embedding of the last token, for SmearGate
     at: Tensor          # () int64
 
 
 class Past:
-    """The forward pass of the T tokens after a `memory`, and the memory that they leave.
+    """The pass over the next T tokens of documents with a `memory`, a constant without gradient.
 
     A pass costs its own tokens: keys and values of earlier ones are read and not computed again.
     """
 
     def __init__(self, cfg: Config, memory: Memory, T: int, adapt: Callable):
-        S, self.adapt, self.after = memory.kept.size(3), adapt, []
-        self.last, self.kept = memory.last, iter(memory.kept.unbind())
-        key = torch.arange(-S, T, device=memory.at.device) + memory.at          # (S + T,)
-        query = key[S:, None]                                                   # (T, 1)
-        self.angles = rotary_angles(cfg, key[S:])[:, None]                      # (T, 1, R)
+        self.last, self.kept, self.after, self.adapt = memory.last, iter(memory.kept), [], adapt
+        key = torch.arange(-memory.kept.size(3), T, device=memory.at.device) + memory.at
+        query = key[-T:, None]                                                  # (T, 1)
+        self.angles = rotary_angles(cfg, key[-T:])[:, None]                     # (T, 1, R)
         self.visible = (key >= 0) & (key <= query) & (key > query - cfg.seq_len)    # (T, S + T)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -1095,8 +1087,8 @@ class Past:
         (B, T, H, D), K = q.shape, k.size(2)
         both = torch.cat([next(self.kept), torch.stack([k, v])], 2)             # (2, B, S + T, K, D)
         self.after.append(both[:, :, T:].detach())
-        # The queries that share a key are rows of one product: no backend need know groups.
-        q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G T, D)
+        # Queries that share a key are rows of one product, as few backends group heads and mask.
+        q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
         mask = self.visible.repeat(H // K, 1)                                   # (G T, S + T)
         y = F.scaled_dot_product_attention(q, *both.transpose(2, 3), attn_mask=mask)
         return y.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
@@ -1355,21 +1347,18 @@ class GPT(nn.Module):
 
     def hidden(self, tokens: Tensor, looped: bool, tap: Callable | None = None,
                past: Past | None = None) -> Tensor:
-        """State of every position after the final norm, (B, T, C); `tap` as in Context.
-
-        With a `past`, tokens continue their documents, by weights and their adapters.
-        """
+        """State of every position after the final norm, (B, T, C); `tap` as in Context."""
         T, extras, values = tokens.size(1), self.extras, None
         x = F.embedding(tokens, self.tok_emb)                                       # (B, T, C)
         x = (x if extras is None else x + extras.pairs(tokens)).to(self.dtype)
         if self.cfg.smear_channels:                         # SmearGate, #1667, masked as in #1851
             gate = self.smear_strength.to(x.dtype) * channel_gate(x, self.smear_weight)
             gate = gate * (tokens != BOS)[..., None]                                # (B, T, 1)
-            first = past and past.last                      # None: a window begins with zeros
-            if past:
+            before = F.pad(x[:, :-1], (0, 0, 1, 0))
+            if past:                                        # a chunk follows tokens of its document
+                before = torch.cat([past.last, x[:, :-1]], 1)
                 past.last = x[:, -1:].detach().contiguous()
-            x = x + gate * (F.pad(x[:, :-1], (0, 0, 1, 0)) if first is None else
-                            torch.cat([first, x[:, :-1]], 1))
+            x = x + gate * before
         x = rms_norm(x)
         if extras is not None:
             x, values = extras.smear(x, tokens), extras.values(tokens, x.dtype)
@@ -1405,10 +1394,7 @@ class GPT(nn.Module):
         return x if lane is None else 0.5 * (x + lane)
 
     def per_token_loss(self, hidden: Tensor, targets: Tensor, more: Tensor | None = None) -> Tensor:
-        """Nats of targets (B, t) given hidden states (B, t, C): (B, t) float32.
-
-        `more` (B, t, V) is added to the logits, as the output of an adapter of the head.
-        """
+        """Nats of targets (B, t) by hidden states (B, t, C), `more` added to logits: (B, t) fp32."""
         logits = F.linear(hidden, self.tok_emb.to(hidden.dtype))                    # (B, t, V)
         logits = logits if more is None else logits + more
         return SoftcapNLL.apply(logits, targets, self.cfg.logit_softcap)
@@ -1941,15 +1927,15 @@ class Window(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Windows that are scored by the same weights, and the targets first..last - 1 they score.
+    """Windows that are scored by the same weights; first..last - 1 number their targets.
 
-    Of documents, which are scored in an order of their own, first and last count scored targets.
+    Those of documents are numbered in the order of scoring, which is not that of the stream.
     """
     windows: list[Window]
     first: int
     last: int
     told: dict | None = None        # what the log tells of it; None = nothing
-    goes_on: tuple[bool, ...] = ()  # of each window: something scored later may learn from it
+    goes_on: tuple[bool, ...] = ()  # of each document: later chunks of it can learn from this one
 
 
 def plain_plan(n: int, cfg: Config) -> list[Chunk]:
@@ -1967,42 +1953,31 @@ def sliding_plan(n: int, cfg: Config) -> list[Chunk]:
     windows = [Window(0, T), *(Window(start, cfg.eval_stride) for start in starts)]
     groups, chunks = itertools.groupby(windows, lambda w: (w.start + T - w.tail) // size), []
     for i, group in groups:
-        first, last = i * size, min((i + 1) * size, n)
-        told = dict(chunk=f"{i + 1}/{-(-n // size)}", first=first, last=last)
-        chunks.append(Chunk(list(group), first, last, told, (last < n,)))
+        told = dict(chunk=f"{i + 1}/{-(-n // size)}", first=i * size, last=min((i + 1) * size, n))
+        chunks.append(Chunk(list(group), told["first"], told["last"], told, (told["last"] < n,)))
     return chunks
 
 
-def find_documents(tokens: Tensor) -> list[range]:
-    """Targets of each document of a stream (n + 1,), longest first, then in their order.
+def document_plan(tokens: Tensor, cfg: Config, world: int) -> list[Chunk]:
+    """Chunks of documents side by side, by length, `eval_batch_seqs` a rank.
 
-    A document begins with BOS, or with the stream; its last target is the BOS of the next one.
+    A document of the stream (n + 1,) begins with BOS or with the stream; the next one's BOS is its
+    last target.  Window i of a chunk is that of its batch's document i, tail 0 after its end.
     """
-    n = len(tokens) - 1
-    starts = (tokens[:n] == BOS).nonzero()[:, 0].tolist()
-    cuts = sorted({0, n, *starts})
-    return sorted(map(range, cuts, cuts[1:]), key=lambda d: (-len(d), d.start))
-
-
-def document_plan(documents: list[range], cfg: Config, world: int) -> list[Chunk]:
-    """Chunks of ttt_chunk_tokens targets of documents of like length, side by side.
-
-    A batch holds eval_batch_seqs documents for each of `world` ranks, which so have equal work.
-    Window i of a chunk is that of the batch's document i, its tail 0 once the document has ended.
-    """
-    T, size, each, scored, chunks = cfg.seq_len, cfg.ttt_chunk_tokens, cfg.eval_batch_seqs, 0, []
-    batches = [documents[i:i + each * world] for i in range(0, len(documents), each * world)]
+    T, n, size, most = cfg.seq_len, len(tokens) - 1, cfg.ttt_chunk_tokens, cfg.eval_batch_seqs
+    cuts = sorted({0, n, *(tokens[:n] == BOS).nonzero()[:, 0].tolist()})
+    documents = sorted(map(range, cuts, cuts[1:]), key=lambda d: (-len(d), d.start))
+    batches = [documents[i:i + most * world] for i in range(0, len(documents), most * world)]
+    chunks, scored = [], 0
     for i, batch in enumerate(batches, 1):
-        before = scored
+        told = dict(chunk=f"{i}/{len(batches)}", first=scored, last=scored + sum(map(len, batch)),
+                    documents=len(batch), updates=(len(batch[0]) - 1) // size)
         for at in range(0, len(batch[0]), size):
             parts = [d[at:at + size] for d in batch]
-            windows = [Window(p.stop - T, len(p)) for p in parts]
             first, scored = scored, scored + sum(map(len, parts))
             goes_on = tuple(len(d) > at + size for d in batch)
-            told = None if any(goes_on) else dict(
-                chunk=f"{i}/{len(batches)}", first=before, last=scored, documents=len(batch),
-                updates=at // size)
-            chunks.append(Chunk(windows, first, scored, told, goes_on))
+            chunks.append(Chunk([Window(p.stop - T, len(p)) for p in parts], first, scored,
+                                None if any(goes_on) else told, goes_on))
     return chunks
 
 
@@ -2061,23 +2036,18 @@ class Scorer:
 
 
 class DocumentScorer(Scorer):
-    """Scores chunks of documents side by side, each by the weights and what it taught `learner`."""
-
-    def __init__(self, run: "Run", learner: "Frozen", stream: Stream):
-        super().__init__(run.cfg, run.rt, learner.forward, stream)
+    """Scores chunks of documents side by side; its `forward` continues them, as LoRA's does."""
 
     def score(self, windows: list[Window], tally: Tally):
-        """Score this rank's documents of a batch: every world-th of `windows`."""
-        cfg, mine, T = self.cfg, self.rt.dist.share(windows), self.cfg.ttt_chunk_tokens
+        """Score this rank's documents of a batch, padded to one shape."""
+        cfg, mine, T = self.cfg, self.rt.dist.local_slice(windows), self.cfg.ttt_chunk_tokens
         starts = [w.start + cfg.seq_len - w.tail for w in mine]
         starts += [0] * (cfg.eval_batch_seqs - len(mine))
         real = [T * i + j for i, w in enumerate(mine) for j in range(w.tail)]
-        starts, real = (torch.tensor(x).to(self.rt.dist.device) for x in (starts, real))
-        # What follows the end of a document is padding, as are documents beyond the last.
+        starts, real = (torch.tensor(x).long().to(self.rt.dist.device) for x in (starts, real))
         at = (starts[:, None] + self.steps[:T]).clamp(max=len(self.stream.bytes) - 1)       # (B, T)
-        tokens, targets = (self.stream.tokens[at + i].long() for i in (0, 1))
-        nll = self.forward(tokens, targets).flatten()[real.long()]
-        tally.add(nll, self.stream.bytes[at.flatten()[real.long()]], mine, cfg.seq_len)
+        nll = self.forward(self.stream.tokens[at].long(), self.stream.tokens[at + 1].long())
+        tally.add(nll.flatten()[real], self.stream.bytes[at.flatten()[real]], mine, cfg.seq_len)
 
 
 class Frozen:
@@ -2165,109 +2135,97 @@ class SGD(Frozen):
 class LoRA(Frozen):
     """Low-rank adapters, one for each document, which learn from its chunks (#1530, #1767, #1953).
 
-    For every pass of a layer, a document owns A (r, I) and B (O, r) for each of SITES and for the
-    head, and x A' B' is added to the matrix's outputs.  B begins at zero and A at the same random
-    values for all documents: the first chunk is scored by the weights alone, and no document knows
-    of another.  Learning is AdamW without momentum, on the mean loss of a chunk of each document.
+    Each pass of a layer has A (r, I) and B (O, r) for the matrices SITES, and the head has them;
+    x A' B' is added to the outputs.  B begins at zero and A at the same random values for all
+    documents, so the weights alone score a first chunk, and no document knows of another.
     """
     learns = True
-    SITES = "c_k", "proj", "fc"     # Linear modules by their last name: K, O, both of the MLP
-    SCALE = 1.8                     # of an adapter's output: #1767's 144 / rank 80
-    BETA2, EPS, DECAY = 0.99, 1e-10, 0.5
-    SHORT = 4                       # seq_len over the room for keys of a document's beginning
+    SITES = "c_k", "proj", "fc"             # keys, outputs of attention, and both of the MLP
+    SCALE = 1.8                             # of what is added: 144 / 80 in #1767
+    BETA2, EPS, DECAY = 0.99, 1e-10, 0.5    # of AdamW; its beta1 is 0
 
     def __init__(self, run: "Run", looped: bool):
         self.run, self.looped, cfg, dist = run, looped, run.cfg, run.rt.dist
-        passes = [run.model.layers[i] for part in layer_schedule(cfg, looped) for i in part]
-        self.passes, C, V = len(passes), cfg.model_dim, cfg.vocab_size
-        shapes = [tuple(m.weight.shape) for layer in passes for m in layer.modules()
-                  if isinstance(m, Linear) and self.is_site(m)] + [(V, C)]      # as in a pass
-        B, r, rng = cfg.eval_batch_seqs, cfg.ttt_rank, generator(cfg.seed, "adapters")
-        self.shapes = [shape for O, I in shapes for shape in ((B, r, I), (B, O, r))]
-        self.initial = torch.cat([
-            torch.from_numpy(rng.uniform(-I ** -0.5, I ** -0.5, (r, I))).float().expand(B, r, I)
-            .flatten() if i % 2 == 0 else torch.zeros(B * r * O)
-            for O, I in shapes for i in (0, 1)]).to(dist.device)                # (Q,)
-        self.data, self.square = self.initial.clone(), torch.zeros_like(self.initial)
+        self.layers = [run.model.layers[i] for half in layer_schedule(cfg, looped) for i in half]
+        self.sites = [m for layer in self.layers for m in layer.modules()       # as they run
+                      if isinstance(m, Linear) and m.name.split(".")[-2] in self.SITES]
+        B, r, rng, parts = cfg.eval_batch_seqs, cfg.ttt_rank, generator(cfg.seed, "adapters"), []
+        for O, I in [*(m.weight.shape for m in self.sites), (cfg.vocab_size, cfg.model_dim)]:
+            A = torch.from_numpy(rng.uniform(-I ** -0.5, I ** -0.5, (r, I))).float()
+            parts += [A.expand(B, r, I), torch.zeros(()).expand(B, O, r)]
+        self.shapes, self.sizes = [p.shape for p in parts], [p.numel() for p in parts]
+        self.initial = torch.cat([p.flatten().to(dist.device) for p in parts])  # (Q,)
+        self.data, self.over = self.initial, True           # over: another batch follows
         compiled = compiler(cfg, dist)
         self.run_chunk, self.adamw = compiled(self.run_chunk), compiled(self.adamw)
         run.model.requires_grad_(False)                     # only adapters learn
-        self.over = True                                    # the last batch is: a new one follows
-
-    @classmethod
-    def is_site(cls, linear: Linear) -> bool:
-        """Whether adapters add to this matrix."""
-        return linear.name.split(".")[-2] in cls.SITES
 
     def before(self, chunk: Chunk):
-        """Begin a batch with fresh adapters and an empty memory."""
+        """Begin a batch with fresh adapters and nothing in memory."""
         cfg, model = self.run.cfg, self.run.model
         if self.over:
             self.data, self.square = self.initial.clone(), torch.zeros_like(self.initial)
-            new = partial(self.data.new_zeros, dtype=model.dtype)
-            shape = self.passes, 2, cfg.eval_batch_seqs, cfg.seq_len // self.SHORT, \
-                cfg.num_kv_heads, cfg.head_dim
-            self.memory, self.position = Memory(
-                new(shape), new(cfg.eval_batch_seqs, 1, cfg.model_dim),
-                new((), dtype=torch.int64)), 0
+            B, new, self.position = cfg.eval_batch_seqs, self.initial.new_zeros, 0
+            kept = len(self.layers), 2, B, cfg.seq_len // 4, cfg.num_kv_heads, cfg.head_dim
+            self.memory = Memory(new(kept, dtype=model.dtype), new(
+                B, 1, cfg.model_dim, dtype=model.dtype), new((), dtype=torch.int64))
         self.over = not any(chunk.goes_on)
-        # Two sizes of memory, so two graphs: most documents end within the first.
-        room = cfg.seq_len - self.memory.kept.size(3)
-        if room and self.position > self.memory.kept.size(3):
-            longer = F.pad(self.memory.kept, (0, 0, 0, 0, room, 0))
-            self.memory = self.memory._replace(kept=longer)
+        kept = self.memory.kept                             # two sizes, each with a graph
+        if kept.size(3) < min(self.position + cfg.ttt_chunk_tokens, cfg.seq_len):
+            kept = F.pad(kept, (0, 0, 0, 0, cfg.seq_len - kept.size(3), 0))
+            self.memory = self.memory._replace(kept=kept)
 
     def run_chunk(self, tokens: Tensor, targets: Tensor, data: Tensor, memory: Memory) -> tuple:
         """Nats (B, T) and hidden states (B, T, C) of a chunk by adapters `data`, and the memory."""
-        model, T = self.run.model, tokens.size(1)
-        parts = data.split([math.prod(shape) for shape in self.shapes])
-        parts = iter([part.view(shape) for part, shape in zip(parts, self.shapes)])
+        model, parts = self.run.model, zip(data.split(self.sizes), self.shapes)
+        parts = iter([part.view(shape) for part, shape in parts])
 
-        def output(x: Tensor) -> Tensor:                    # (B, T, I) -> (B, T, O)
+        def added(x: Tensor) -> Tensor:                     # (B, T, I) -> (B, T, O)
             A, B = next(parts).to(x.dtype), next(parts).to(x.dtype)
             return self.SCALE * ((x @ A.mT) @ B.mT)
 
         def adapt(linears: list[Linear], x: Tensor) -> Tensor:
-            return torch.cat([output(x) if self.is_site(linear) else
+            return torch.cat([added(x) if linear.name.split(".")[-2] in self.SITES else
                               x.new_zeros(*x.shape[:2], len(linear.weight)) for linear in linears], 2)
-        past = Past(self.run.cfg, memory, T, adapt)
-        hidden = model.hidden(tokens, self.looped, past=past)
-        exact = hidden.float()
-        nll = model.per_token_loss(exact, targets, output(exact))
-        return nll, hidden.detach(), Memory(torch.stack(past.after), past.last, memory.at + T)
+        past = Past(self.run.cfg, memory, tokens.size(1), adapt)
+        hidden = model.hidden(tokens, self.looped, past=past).float()           # fp32 logits
+        nll = model.per_token_loss(hidden, targets, added(hidden))
+        after = Memory(torch.stack(past.after), past.last, memory.at + tokens.size(1))
+        return nll, hidden.detach(), after
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Nats of the targets (B, T) of the batch's next chunk, tokens (B, T): what is scored."""
+        """Nats of the next targets (B, T) of all documents, after tokens (B, T): what is scored."""
         self.data.requires_grad_()
         self.nll, _, self.memory = self.run_chunk(tokens, targets, self.data, self.memory)
         self.position += tokens.size(1)
         return self.nll.detach()
 
     def after(self, chunk: Chunk) -> dict:
-        """Learn from the chunk: one step for every document that goes on, by its mean loss."""
-        T = self.run.cfg.ttt_chunk_tokens
-        mine = self.run.rt.dist.share(chunk.goes_on)
-        mine = torch.tensor([*mine, *[False] * (len(self.nll) - len(mine))]).to(self.nll.device)
-        grad, = torch.autograd.grad((self.nll * (mine / T)[:, None]).sum(), self.data)
-        with torch.no_grad():
-            self.adamw(self.data.detach(), grad, self.square, self.memory.at // T)
+        """Take one step for each document that goes on, by its mean loss over the chunk."""
+        share = torch.zeros(len(self.nll), 1)
+        mine = torch.tensor(self.run.rt.dist.local_slice(chunk.goes_on))
+        share[:len(mine), 0] = mine / self.run.cfg.ttt_chunk_tokens
+        loss = (self.nll * share.to(self.nll.device)).sum()
+        grad, = torch.autograd.grad(loss, self.data)
+        self.adamw(self.data.detach(), grad, self.square, self.memory.at)
         return {}
 
-    def adamw(self, data: Tensor, grad: Tensor, square: Tensor, step: Tensor):
-        """Step number `step` () of AdamW with beta1 = 0, in place."""
-        lr = self.run.cfg.ttt_lr
-        square.mul_(self.BETA2).add_(grad * grad, alpha=1 - self.BETA2)
-        rms = (square / (1 - self.BETA2 ** step)).sqrt()
+    def adamw(self, data: Tensor, grad: Tensor, square: Tensor, at: Tensor):
+        """One step of AdamW in place, after `at` tokens."""
+        lr, steps = self.run.cfg.ttt_lr, at / self.run.cfg.ttt_chunk_tokens
+        square.lerp_(grad * grad, 1 - self.BETA2)
+        rms = (square / (1 - self.BETA2 ** steps)).sqrt()
         data.mul_(1 - lr * self.DECAY).sub_(lr * grad / (rms + self.EPS))
 
     def warm_up(self):
-        """Learn from random tokens until every graph has been compiled, and forget them."""
-        cfg, B, T = self.run.cfg, self.run.cfg.eval_batch_seqs, self.run.cfg.ttt_chunk_tokens
-        tokens = torch.randint(cfg.vocab_size, (B, T), device=self.data.device)
-        chunk = Chunk([], 0, 0, goes_on=(True,) * B * self.run.rt.dist.world)
-        for _ in range(cfg.seq_len // self.SHORT // T + 4):
+        """Compile all graphs on random tokens, and forget them."""
+        cfg, dist = self.run.cfg, self.run.rt.dist
+        B, T = cfg.eval_batch_seqs, cfg.ttt_chunk_tokens
+        chunk = Chunk([], 0, 0, goes_on=(True,) * B * dist.world)
+        for _ in range(cfg.seq_len // 4 // T + 2):
+            tokens = torch.randint(cfg.vocab_size, (2, B, T), device=dist.device)
             self.before(chunk)
-            self.forward(tokens, tokens.clone())         # aliases are another graph
+            self.forward(*tokens)
             self.after(chunk)
         self.over = True
 
@@ -2915,8 +2873,7 @@ def eval_stage(run: Run, weights: dict[str, Tensor], identity: Identity) -> dict
     forward = partial(run.forward, looped=container.meta["looped"])
     tensors = container.tensors(artifact_layout(run.flat))
     tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, container.meta["tokenizer"])
-    adapts = cfg.ttt_enabled and cfg.ttt_rank > 0
-    learner = LoRA(run, container.meta["looped"]) if adapts else None
+    learner = LoRA(run, container.meta["looped"]) if cfg.ttt_enabled and cfg.ttt_rank else None
     warm_up_scoring(run, forward, learner)
     if rt.clock.phase == "train":                           # this run has not calibrated
         rt.clock.close_training_data()
@@ -2934,10 +2891,10 @@ def eval_stage(run: Run, weights: dict[str, Tensor], identity: Identity) -> dict
     name, (loss, bpb) = "quantized", score(scorer, "quantized", plain, Frozen(), timed=True)
     if cfg.sliding_enabled:
         name, (loss, bpb) = "sliding", score(scorer, "sliding", sliding, Frozen(), timed=True)
-    if adapts:
-        plan = document_plan(find_documents(stream.tokens), cfg, rt.dist.world)
-        documents = DocumentScorer(run, learner, stream)
-        name, (loss, bpb) = "ttt", score(documents, "ttt", plan, learner, timed=True)
+    if learner:
+        plan = document_plan(stream.tokens, cfg, rt.dist.world)
+        scorer = DocumentScorer(cfg, rt, learner.forward, stream)
+        name, (loss, bpb) = "ttt", score(scorer, "ttt", plan, learner, timed=True)
     elif cfg.ttt_enabled:                                   # last: it leaves other weights behind
         learner = SGD(run, forward, stream, len(sliding))
         name, (loss, bpb) = "ttt", score(scorer, "ttt", sliding, learner, timed=True)
