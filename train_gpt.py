@@ -960,7 +960,7 @@ class Context(NamedTuple):
     cos: Tensor                     # (T, 1, R) of the rotation angles
     sin: Tensor
     values: Tensor | None           # (B, T, K, D) value embedding of #1060
-    attend: Callable                # attention: `attend`, or Past.attend for a chunk of a document
+    attention: Callable             # `attend`, or Past.attend for a chunk of a document
     adapt: Callable | None          # adapt(linears, x) is added to the outputs of matrices
     tap: Callable | None            # tap(names, x) sees the input x of the matrices `names`
     fused: bool                     # run Triton kernels instead of their twins in PyTorch
@@ -1085,7 +1085,7 @@ class Past:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Like `attend`, over what is kept for this layer and then causally over the chunk."""
         (B, T, H, D), K = q.shape, k.size(2)
-        both = torch.cat([next(self.kept), torch.stack([k, v])], 2)             # (2, B, S + T, K, D)
+        both = torch.cat([next(self.kept), torch.stack([k, v])], 2)         # (2, B, S + T, K, D)
         self.after.append(both[:, :, T:].detach())
         # Queries that share a key are rows of one product, as few backends group heads and mask.
         q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
@@ -1130,7 +1130,7 @@ class Attention(nn.Module):
         q, k, v = split(qkv.view(B, T, -1, self.head_dim), self.q_gain, ctx.cos, ctx.sin)
         if self.value_gain is not None:                     # before XSA, which excludes this too
             v = v + self.value_gain.to(x.dtype) * ctx.values
-        y = ctx.attend(q, k, v)                                         # (B, T, H, D)
+        y = ctx.attention(q, k, v)                                      # (B, T, H, D)
         if self.xsa:
             y = (FusedExclusion.apply if ctx.fused else exclude_self)(y, v)
         if self.head_gate is not None:
@@ -1366,7 +1366,7 @@ class GPT(nn.Module):
                       self.fused and tap is None and past is None)
         if past:
             cos, sin = past.angles.cos().to(x.dtype), past.angles.sin().to(x.dtype)
-            ctx = ctx._replace(cos=cos, sin=sin, attend=past.attend, adapt=past.adapt)
+            ctx = ctx._replace(cos=cos, sin=sin, attention=past.attend, adapt=past.adapt)
         hidden = rms_norm(self.run_layers(x, ctx, looped))
         if tap is not None:
             tap(["tok_emb"], hidden)
@@ -1394,7 +1394,7 @@ class GPT(nn.Module):
         return x if lane is None else 0.5 * (x + lane)
 
     def per_token_loss(self, hidden: Tensor, targets: Tensor, more: Tensor | None = None) -> Tensor:
-        """Nats of targets (B, t) by hidden states (B, t, C), `more` added to logits: (B, t) fp32."""
+        """Nats of targets (B, t) by hidden states (B, t, C), `more` added to logits: (B, t) f32."""
         logits = F.linear(hidden, self.tok_emb.to(hidden.dtype))                    # (B, t, V)
         logits = logits if more is None else logits + more
         return SoftcapNLL.apply(logits, targets, self.cfg.logit_softcap)
@@ -2185,8 +2185,8 @@ class LoRA(Frozen):
             return self.SCALE * ((x @ A.mT) @ B.mT)
 
         def adapt(linears: list[Linear], x: Tensor) -> Tensor:
-            return torch.cat([added(x) if linear.name.split(".")[-2] in self.SITES else
-                              x.new_zeros(*x.shape[:2], len(linear.weight)) for linear in linears], 2)
+            return torch.cat([added(x) if linear in self.sites else x.new_zeros(
+                *x.shape[:2], len(linear.weight)) for linear in linears], 2)
         past = Past(self.run.cfg, memory, tokens.size(1), adapt)
         hidden = model.hidden(tokens, self.looped, past=past).float()           # fp32 logits
         nll = model.per_token_loss(hidden, targets, added(hidden))
