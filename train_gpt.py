@@ -102,15 +102,12 @@ def find_problems(c):
         a, b = getattr(c, part), getattr(c, whole)
         if b % a:
             yield f"{part.upper()}={a} does not divide {whole.upper()}={b}"
-    size, most = c.ttt_chunk_tokens, c.seq_len // 4
     for wrong, message in (
-            (size % c.seq_len and not c.ttt_rank,
-             f"SEQ_LEN={c.seq_len} does not divide TTT_CHUNK_TOKENS={size}"),
-            (size > most and c.ttt_rank,
-             f"TTT_CHUNK_TOKENS={size}: an adapter (TTT_RANK={c.ttt_rank}) learns from at most a "
-             f"quarter of SEQ_LEN={c.seq_len} at once; lower it to {most}"),
-            (c.extras_1060 and c.ttt_rank,
-             f"TTT_RANK={c.ttt_rank}: adapters do not fit #1060's extras; set TTT_RANK=0"),
+            (not c.ttt_rank and c.ttt_chunk_tokens % c.seq_len,
+             f"SEQ_LEN={c.seq_len} does not divide TTT_CHUNK_TOKENS={c.ttt_chunk_tokens}"),
+            (c.ttt_rank and c.ttt_chunk_tokens > c.seq_len // 4, f"TTT_CHUNK_TOKENS="
+             f"{c.ttt_chunk_tokens}: must be at most {c.seq_len // 4}, a quarter of SEQ_LEN"),
+            (c.ttt_rank and c.extras_1060, f"TTT_RANK={c.ttt_rank}: must be 0 with EXTRAS_1060"),
             (c.stage_list != [s for s in ("train", "quantize", "eval") if s in c.stage_list],
              f"STAGES={c.stages}: must name some of train,quantize,eval in this order"),
             (c.loader not in ("coprime", "shuffled"),
@@ -1070,17 +1067,14 @@ class Memory(NamedTuple):
 
 
 class Past:
-    """The pass over the next T tokens of documents with a `memory`, a constant without gradient.
-
-    A pass costs its own tokens: keys and values of earlier ones are read and not computed again.
-    """
-
+    """The pass over T tokens after a `memory`, whose keys and values are read, not recomputed."""
     def __init__(self, cfg: Config, memory: Memory, T: int, adapt: Callable):
         self.last, self.kept, self.after, self.adapt = memory.last, iter(memory.kept), [], adapt
         key = torch.arange(-memory.kept.size(3), T, device=memory.at.device) + memory.at
-        query = key[-T:, None]                                                  # (T, 1)
-        self.angles = rotary_angles(cfg, key[-T:])[:, None]                     # (T, 1, R)
-        self.visible = (key >= 0) & (key <= query) & (key > query - cfg.seq_len)    # (T, S + T)
+        angles = rotary_angles(cfg, key[-T:])[:, None]                          # (T, 1, R)
+        self.rotation = [x.to(memory.last.dtype) for x in (angles.cos(), angles.sin())]
+        ago = key[-T:, None] - key                                              # (T, S + T)
+        self.visible = (key >= 0) & (ago >= 0) & (ago < cfg.seq_len)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Like `attend`, over what is kept for this layer and then causally over the chunk."""
@@ -1089,8 +1083,7 @@ class Past:
         self.after.append(both[:, :, T:].detach())
         # Queries that share a key are rows of one product, as few backends group heads and mask.
         q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
-        mask = self.visible.repeat(H // K, 1)                                   # (G T, S + T)
-        y = F.scaled_dot_product_attention(q, *both.transpose(2, 3), attn_mask=mask)
+        y = F.scaled_dot_product_attention(q, *both.transpose(2, 3), self.visible.repeat(H // K, 1))
         return y.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
@@ -1363,10 +1356,8 @@ class GPT(nn.Module):
         if extras is not None:
             x, values = extras.smear(x, tokens), extras.values(tokens, x.dtype)
         ctx = Context(x, self.cos[:T], self.sin[:T], values, attend, None, tap,
-                      self.fused and tap is None and past is None)
-        if past:
-            cos, sin = past.angles.cos().to(x.dtype), past.angles.sin().to(x.dtype)
-            ctx = ctx._replace(cos=cos, sin=sin, attention=past.attend, adapt=past.adapt)
+                      self.fused and tap is None)
+        ctx = Context(x, *past.rotation, None, past.attend, past.adapt, tap, False) if past else ctx
         hidden = rms_norm(self.run_layers(x, ctx, looped))
         if tap is not None:
             tap(["tok_emb"], hidden)
@@ -1927,12 +1918,9 @@ class Window(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Windows that are scored by the same weights; first..last - 1 number their targets.
-
-    Those of documents are numbered in the order of scoring, which is not that of the stream.
-    """
+    """Windows that are scored by the same weights, and the targets first..last - 1 they score."""
     windows: list[Window]
-    first: int
+    first: int                      # of documents: of their batch, counted in the order of scoring
     last: int
     told: dict | None = None        # what the log tells of it; None = nothing
     goes_on: tuple[bool, ...] = ()  # of each document: later chunks of it can learn from this one
@@ -1951,11 +1939,10 @@ def sliding_plan(n: int, cfg: Config) -> list[Chunk]:
     T, size = cfg.seq_len, n if cfg.ttt_rank else cfg.ttt_chunk_tokens
     starts = range(cfg.eval_stride, n - T + 1, cfg.eval_stride)
     windows = [Window(0, T), *(Window(start, cfg.eval_stride) for start in starts)]
-    groups, chunks = itertools.groupby(windows, lambda w: (w.start + T - w.tail) // size), []
-    for i, group in groups:
-        told = dict(chunk=f"{i + 1}/{-(-n // size)}", first=i * size, last=min((i + 1) * size, n))
-        chunks.append(Chunk(list(group), told["first"], told["last"], told, (told["last"] < n,)))
-    return chunks
+    groups = itertools.groupby(windows, lambda w: (w.start + T - w.tail) // size)
+    spans = [(list(group), i * size, min((i + 1) * size, n)) for i, group in groups]
+    return [Chunk(group, first, last, dict(chunk=f"{i}/{len(spans)}", first=first, last=last),
+                  (last < n,)) for i, (group, first, last) in enumerate(spans, 1)]
 
 
 def document_plan(tokens: Tensor, cfg: Config, world: int) -> list[Chunk]:
@@ -1968,16 +1955,15 @@ def document_plan(tokens: Tensor, cfg: Config, world: int) -> list[Chunk]:
     cuts = sorted({0, n, *(tokens[:n] == BOS).nonzero()[:, 0].tolist()})
     documents = sorted(map(range, cuts, cuts[1:]), key=lambda d: (-len(d), d.start))
     batches = [documents[i:i + most * world] for i in range(0, len(documents), most * world)]
-    chunks, scored = [], 0
+    chunks, last = [], 0
     for i, batch in enumerate(batches, 1):
-        told = dict(chunk=f"{i}/{len(batches)}", first=scored, last=scored + sum(map(len, batch)),
-                    documents=len(batch), updates=(len(batch[0]) - 1) // size)
+        first, last = last, last + sum(map(len, batch))
+        told = dict(chunk=f"{i}/{len(batches)}", first=first, last=last, documents=len(batch),
+                    updates=(len(batch[0]) - 1) // size)
         for at in range(0, len(batch[0]), size):
-            parts = [d[at:at + size] for d in batch]
-            first, scored = scored, scored + sum(map(len, parts))
+            windows = [Window(d[at:at + size].stop - T, len(d[at:at + size])) for d in batch]
             goes_on = tuple(len(d) > at + size for d in batch)
-            chunks.append(Chunk([Window(p.stop - T, len(p)) for p in parts], first, scored,
-                                None if any(goes_on) else told, goes_on))
+            chunks.append(Chunk(windows, first, last, None if any(goes_on) else told, goes_on))
     return chunks
 
 
@@ -2036,16 +2022,16 @@ class Scorer:
 
 
 class DocumentScorer(Scorer):
-    """Scores chunks of documents side by side; its `forward` continues them, as LoRA's does."""
+    """Scores chunks of documents side by side; its `forward` is LoRA's, which continues them."""
 
     def score(self, windows: list[Window], tally: Tally):
         """Score this rank's documents of a batch, padded to one shape."""
         cfg, mine, T = self.cfg, self.rt.dist.local_slice(windows), self.cfg.ttt_chunk_tokens
-        starts = [w.start + cfg.seq_len - w.tail for w in mine]
-        starts += [0] * (cfg.eval_batch_seqs - len(mine))
+        starts = [w.start + cfg.seq_len - w.tail for w in mine] + [0] * cfg.eval_batch_seqs
         real = [T * i + j for i, w in enumerate(mine) for j in range(w.tail)]
-        starts, real = (torch.tensor(x).long().to(self.rt.dist.device) for x in (starts, real))
-        at = (starts[:, None] + self.steps[:T]).clamp(max=len(self.stream.bytes) - 1)       # (B, T)
+        starts, real = (torch.tensor(x, device=self.rt.dist.device).long() for x in (starts, real))
+        at = starts[:cfg.eval_batch_seqs, None] + self.steps[:T]
+        at = at.clamp(max=len(self.stream.bytes) - 1)                                       # (B, T)
         nll = self.forward(self.stream.tokens[at].long(), self.stream.tokens[at + 1].long())
         tally.add(nll.flatten()[real], self.stream.bytes[at.flatten()[real]], mine, cfg.seq_len)
 
@@ -2135,50 +2121,47 @@ class SGD(Frozen):
 class LoRA(Frozen):
     """Low-rank adapters, one for each document, which learn from its chunks (#1530, #1767, #1953).
 
-    Each pass of a layer has A (r, I) and B (O, r) for the matrices SITES, and the head has them;
-    x A' B' is added to the outputs.  B begins at zero and A at the same random values for all
-    documents, so the weights alone score a first chunk, and no document knows of another.
+    For SITES in each pass of a layer and for the head, x A' B' is added to outputs x W': A (r, I)
+    begins at the same random values for all documents, B (O, r) at 0, which changes no score.
     """
     learns = True
     SITES = "c_k", "proj", "fc"             # keys, outputs of attention, and both of the MLP
     SCALE = 1.8                             # of what is added: 144 / 80 in #1767
-    BETA2, EPS, DECAY = 0.99, 1e-10, 0.5    # of AdamW; its beta1 is 0
+    ADAMW = dict(betas=(0.0, 0.99), eps=1e-10, weight_decay=0.5, fused=True)
 
     def __init__(self, run: "Run", looped: bool):
         self.run, self.looped, cfg, dist = run, looped, run.cfg, run.rt.dist
-        self.layers = [run.model.layers[i] for half in layer_schedule(cfg, looped) for i in half]
-        self.sites = [m for layer in self.layers for m in layer.modules()       # as they run
-                      if isinstance(m, Linear) and m.name.split(".")[-2] in self.SITES]
+        layers = [run.model.layers[i] for half in layer_schedule(cfg, looped) for i in half]
+        self.passes, self.sites = len(layers), [
+            m for layer in layers for m in layer.modules()                      # as they run
+            if isinstance(m, Linear) and m.name.split(".")[-2] in self.SITES]
         B, r, rng, parts = cfg.eval_batch_seqs, cfg.ttt_rank, generator(cfg.seed, "adapters"), []
-        for O, I in [*(m.weight.shape for m in self.sites), (cfg.vocab_size, cfg.model_dim)]:
+        for O, I in [m.weight.shape for m in self.sites] + [run.model.tok_emb.shape]:
             A = torch.from_numpy(rng.uniform(-I ** -0.5, I ** -0.5, (r, I))).float()
             parts += [A.expand(B, r, I), torch.zeros(()).expand(B, O, r)]
         self.shapes, self.sizes = [p.shape for p in parts], [p.numel() for p in parts]
         self.initial = torch.cat([p.flatten().to(dist.device) for p in parts])  # (Q,)
-        self.data, self.over = self.initial, True           # over: another batch follows
-        compiled = compiler(cfg, dist)
-        self.run_chunk, self.adamw = compiled(self.run_chunk), compiled(self.adamw)
+        self.over, self.run_chunk = True, compiler(cfg, dist)(self.run_chunk)
         run.model.requires_grad_(False)                     # only adapters learn
 
     def before(self, chunk: Chunk):
-        """Begin a batch with fresh adapters and nothing in memory."""
-        cfg, model = self.run.cfg, self.run.model
+        """Begin a batch with fresh adapters and an empty memory."""
+        cfg, model, B = self.run.cfg, self.run.model, self.run.cfg.eval_batch_seqs
         if self.over:
-            self.data, self.square = self.initial.clone(), torch.zeros_like(self.initial)
-            B, new, self.position = cfg.eval_batch_seqs, self.initial.new_zeros, 0
-            kept = len(self.layers), 2, B, cfg.seq_len // 4, cfg.num_kv_heads, cfg.head_dim
-            self.memory = Memory(new(kept, dtype=model.dtype), new(
-                B, 1, cfg.model_dim, dtype=model.dtype), new((), dtype=torch.int64))
-        self.over = not any(chunk.goes_on)
-        kept = self.memory.kept                             # two sizes, each with a graph
-        if kept.size(3) < min(self.position + cfg.ttt_chunk_tokens, cfg.seq_len):
-            kept = F.pad(kept, (0, 0, 0, 0, cfg.seq_len - kept.size(3), 0))
-            self.memory = self.memory._replace(kept=kept)
+            self.data, self.position = self.initial.clone().requires_grad_(), 0
+            self.adamw = torch.optim.AdamW([self.data], cfg.ttt_lr, **self.ADAMW)
+            new = partial(self.initial.new_zeros, dtype=model.dtype)
+            self.memory = Memory(
+                new(self.passes, 2, B, cfg.seq_len // 4, cfg.num_kv_heads, cfg.head_dim),
+                new(B, 1, cfg.model_dim), new((), dtype=torch.int64))
+        self.over, self.position = not any(chunk.goes_on), self.position + cfg.ttt_chunk_tokens
+        room = cfg.seq_len - self.memory.kept.size(3)       # two sizes, each with a graph
+        if room and self.position > cfg.seq_len - room:
+            self.memory = self.memory._replace(kept=F.pad(self.memory.kept, (0,) * 4 + (room, 0)))
 
     def run_chunk(self, tokens: Tensor, targets: Tensor, data: Tensor, memory: Memory) -> tuple:
         """Nats (B, T) and hidden states (B, T, C) of a chunk by adapters `data`, and the memory."""
-        model, parts = self.run.model, zip(data.split(self.sizes), self.shapes)
-        parts = iter([part.view(shape) for part, shape in parts])
+        parts = map(Tensor.view, data.split(self.sizes), self.shapes)
 
         def added(x: Tensor) -> Tensor:                     # (B, T, I) -> (B, T, O)
             A, B = next(parts).to(x.dtype), next(parts).to(x.dtype)
@@ -2187,47 +2170,24 @@ class LoRA(Frozen):
         def adapt(linears: list[Linear], x: Tensor) -> Tensor:
             return torch.cat([added(x) if linear in self.sites else x.new_zeros(
                 *x.shape[:2], len(linear.weight)) for linear in linears], 2)
-        past = Past(self.run.cfg, memory, tokens.size(1), adapt)
+        T, model = tokens.size(1), self.run.model
+        past = Past(self.run.cfg, memory, T, adapt)
         hidden = model.hidden(tokens, self.looped, past=past).float()           # fp32 logits
         nll = model.per_token_loss(hidden, targets, added(hidden))
-        after = Memory(torch.stack(past.after), past.last, memory.at + tokens.size(1))
-        return nll, hidden.detach(), after
+        return nll, hidden.detach(), Memory(torch.stack(past.after), past.last, memory.at + T)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Nats of the next targets (B, T) of all documents, after tokens (B, T): what is scored."""
-        self.data.requires_grad_()
         self.nll, _, self.memory = self.run_chunk(tokens, targets, self.data, self.memory)
-        self.position += tokens.size(1)
         return self.nll.detach()
 
     def after(self, chunk: Chunk) -> dict:
-        """Take one step for each document that goes on, by its mean loss over the chunk."""
-        share = torch.zeros(len(self.nll), 1)
-        mine = torch.tensor(self.run.rt.dist.local_slice(chunk.goes_on))
-        share[:len(mine), 0] = mine / self.run.cfg.ttt_chunk_tokens
-        loss = (self.nll * share.to(self.nll.device)).sum()
-        grad, = torch.autograd.grad(loss, self.data)
-        self.adamw(self.data.detach(), grad, self.square, self.memory.at)
+        """Take one step for each document that goes on, by its mean loss over all of the chunk."""
+        mine = torch.tensor(self.run.rt.dist.local_slice(chunk.goes_on)).float()
+        mine = F.pad(mine, (0, len(self.nll) - len(mine))).to(self.nll.device)
+        self.data.grad, = torch.autograd.grad(self.nll.mean(1) @ mine, self.data)
+        self.adamw.step()
         return {}
-
-    def adamw(self, data: Tensor, grad: Tensor, square: Tensor, at: Tensor):
-        """One step of AdamW in place, after `at` tokens."""
-        lr, steps = self.run.cfg.ttt_lr, at / self.run.cfg.ttt_chunk_tokens
-        square.lerp_(grad * grad, 1 - self.BETA2)
-        rms = (square / (1 - self.BETA2 ** steps)).sqrt()
-        data.mul_(1 - lr * self.DECAY).sub_(lr * grad / (rms + self.EPS))
-
-    def warm_up(self):
-        """Compile all graphs on random tokens, and forget them."""
-        cfg, dist = self.run.cfg, self.run.rt.dist
-        B, T = cfg.eval_batch_seqs, cfg.ttt_chunk_tokens
-        chunk = Chunk([], 0, 0, goes_on=(True,) * B * dist.world)
-        for _ in range(cfg.seq_len // 4 // T + 2):
-            tokens = torch.randint(cfg.vocab_size, (2, B, T), device=dist.device)
-            self.before(chunk)
-            self.forward(*tokens)
-            self.after(chunk)
-        self.over = True
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2846,8 +2806,14 @@ def warm_up_scoring(run: Run, forward: Callable, learner: LoRA | None = None):
         tokens = torch.randint(cfg.vocab_size, shape, device=dist.device)
         for tail in {cfg.seq_len, cfg.eval_stride}:
             forward(tokens, tokens[:, -tail:].contiguous(), precise=True)       # as in score_batch
-    if learner:
-        learner.warm_up()
+    if learner:                                             # until its memory has grown
+        shape = 2, cfg.eval_batch_seqs, cfg.ttt_chunk_tokens
+        chunk = Chunk([], 0, 0, goes_on=(True,))
+        for _ in range(cfg.seq_len // 4 // cfg.ttt_chunk_tokens + 2):
+            learner.before(chunk)
+            learner.forward(*torch.randint(cfg.vocab_size, shape, device=dist.device))
+            learner.after(chunk)
+        learner.over = True
     elif cfg.ttt_enabled:
         shape = (cfg.ttt_chunk_tokens + 1,)
         chunk = torch.randint(cfg.vocab_size, shape, dtype=torch.int32, device=dist.device)
@@ -2892,8 +2858,8 @@ def eval_stage(run: Run, weights: dict[str, Tensor], identity: Identity) -> dict
     if cfg.sliding_enabled:
         name, (loss, bpb) = "sliding", score(scorer, "sliding", sliding, Frozen(), timed=True)
     if learner:
-        plan = document_plan(stream.tokens, cfg, rt.dist.world)
         scorer = DocumentScorer(cfg, rt, learner.forward, stream)
+        plan = document_plan(stream.tokens, cfg, rt.dist.world)
         name, (loss, bpb) = "ttt", score(scorer, "ttt", plan, learner, timed=True)
     elif cfg.ttt_enabled:                                   # last: it leaves other weights behind
         learner = SGD(run, forward, stream, len(sliding))

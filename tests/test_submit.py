@@ -374,7 +374,8 @@ def test_documents_count_their_updates(logs):
             (r"^score chunk=2/4(.*) updates=\d+", r"score chunk=2/4\1 updates=999999", "take 48"),
             (r"^score chunk=2/4(.*) documents=64", r"score chunk=2/4\1 documents=0", "of each"),
             (r"^(score chunk=2/4.*) documents=64 updates=100", r"\1", "update lines"),
-            (r"^score (chunk=1/4 first=\d+ last=\d+)(.*)$", r"score \1\2\nupdate \1", "update lines"),
+            (r"^score (chunk=1/4 first=\d+ last=\d+)(.*)$", r"score \1\2\nupdate \1",
+             "update lines"),
             (r"^(score (chunk=2/4 first=\d+ last=\d+).*)$", r"\1\nupdate \2", "not right after"),
             (r"^score chunk=2/4.*\n", "", "not chunk")):
         changed = re.sub(pattern, new, text, count=1, flags=re.M)
