@@ -467,10 +467,21 @@ def score_first_ttt(log: Log) -> str:
         same = all(e.text(key) == scored.text(key) for key in ("chunk", "first", "last"))
         require(same and scored.line < e.line < following.line, f"line {e.line}: update of "
                 f"{e.text('first')}..{e.text('last')} is not right after the score of that chunk")
+    batches = [e for e in scores if "documents" in e.values]
+    require(not batches or (not updates and len(batches) == len(scores)),
+            "update lines among those of documents, which count their updates")
+    for e in batches:
+        first, last, documents, steps = e.integers("first", "last", "documents", "updates")
+        least = steps * int(log.settings.number("ttt_chunk_tokens")) + documents
+        require(documents > 0 and last - first >= least, f"line {e.line}: {steps} updates on "
+                f"scored chunks, and a last chunk of each document, take {least} targets")
     bpb, end = final.number("val_bpb"), scores[-1]
     require(at == final.number("targets"), f"the last chunk ends at {at}, not at the last target")
     require(abs(end.number("bpb") - bpb) < 1e-7 and end.line < final.line,
             f"the chunks come to {end.text('bpb')}, the score is {bpb}")
+    if batches:
+        return (f"{len(scores)} batches of documents; each chunk of one is scored before the "
+                "update on it, none after its last")
     return f"{len(scores)} chunks, each scored before the one update on it, none after the last"
 
 

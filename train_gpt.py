@@ -88,7 +88,7 @@ def setting(default, low: float | None = None, below: float = 1 << 60):
 GROUPS = dict(recipe="run", data_dir="data", vocab_size="model", iterations="training",
               lookahead="optimizer", code_step="quantization", eval_stride="scoring")
 DIVISORS = (("num_heads", "model_dim"), ("num_kv_heads", "num_heads"), ("eval_stride", "seq_len"),
-            ("seq_len", "train_batch_tokens"), ("seq_len", "ttt_chunk_tokens"))
+            ("seq_len", "train_batch_tokens"))
 
 
 def find_problems(c):
@@ -106,6 +106,11 @@ def find_problems(c):
         if b % a:
             yield f"{part.upper()}={a} does not divide {whole.upper()}={b}"
     for wrong, message in (
+            (not c.ttt_rank and c.ttt_chunk_tokens % c.seq_len,
+             f"SEQ_LEN={c.seq_len} does not divide TTT_CHUNK_TOKENS={c.ttt_chunk_tokens}"),
+            (c.ttt_rank and c.ttt_chunk_tokens > c.seq_len // 4, f"TTT_CHUNK_TOKENS="
+             f"{c.ttt_chunk_tokens}: must be at most {c.seq_len // 4}, a quarter of SEQ_LEN"),
+            (c.ttt_rank and c.extras_1060, f"TTT_RANK={c.ttt_rank}: must be 0 with EXTRAS_1060"),
             (c.stage_list != [s for s in ("train", "quantize", "eval") if s in c.stage_list],
              f"STAGES={c.stages}: must name some of train,quantize,eval in this order"),
             (c.loader not in ("coprime", "shuffled"),
@@ -200,13 +205,14 @@ class Config:
     gptq_damping: float = 0.01  # added to a Hessian's diagonal, relative to its mean
     target_bytes: int = 16000000  # size limit of code and model together
     eval_stride: int = 64  # targets between two sliding windows
-    eval_batch_seqs: int = 64  # windows scored at once; changes memory, not results
+    eval_batch_seqs: int = 64  # windows or documents at once; changes memory, not results
     sliding_enabled: bool = True  # also score sliding windows with frozen weights
     ttt_enabled: bool = True  # headline score with test-time training
-    ttt_lr: float = setting(0.005, low=0)  # peak SGD learning rate, cosine to 0 over the chunks
+    ttt_rank: int = setting(0, low=0)  # rank of a document's adapter; 0 = SGD on all weights
+    ttt_lr: float = setting(0.005, low=0)  # of an adapter, or SGD's peak, cosine to 0 over chunks
     ttt_momentum: float = setting(0.9, low=0, below=1)  # SGD momentum, kept between chunks
     ttt_epochs: int = 3  # SGD steps on a chunk after it has been scored
-    ttt_chunk_tokens: int = 32768  # targets scored before the weights may learn from them
+    ttt_chunk_tokens: int = 32768  # targets scored before they may be learnt from
     eval_wallclock_seconds: float = setting(600.0, low=0)  # scoring the artifact; 0 = no limit
 
     def __post_init__(self):
@@ -245,7 +251,7 @@ GOLF = dict(
     documents=True, looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, ema_horizon_frac=0.1,
     ema_weight=0.7, lookahead=0.5, matrix_lr=0.03, tied_embed_lr=0.04, beta2=0.99,
     muon_momentum=0.95, muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300,
-    embed_step=0.0, gptq_damping=0.1)
+    embed_step=0.0, gptq_damping=0.1, ttt_rank=32, ttt_lr=0.001, ttt_chunk_tokens=48)
 RECIPES = {
     "pr1876": {},
     "pr1858": dict(ttt_epochs=2),
@@ -960,8 +966,8 @@ class Context(NamedTuple):
     cos: Tensor                     # (T, 1, R) of the rotation angles
     sin: Tensor
     values: Tensor | None           # (B, T, K, D) value embedding of #1060
-    mask: object                    # which positions attention sees, as `attend` takes it
-    attend: Callable                # of the attention backend
+    attend: Callable                # of the backend with its mask, or of a chunk's `Past`
+    adapt: Callable | None          # adapt(linears, x) is added to the outputs of matrices
     tap: Callable | None            # tap(names, x) sees the input x of the matrices `names`
     fused: bool                     # run Triton kernels instead of their twins in PyTorch
 
@@ -1003,7 +1009,8 @@ class Linear(nn.Module):
         if ctx.tap is not None:
             ctx.tap([linear.name for linear in linears], x)
         weights = [linear.cast(x.dtype, scale) for linear in linears]
-        return F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0])
+        y = F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0])
+        return y if ctx.adapt is None else y + ctx.adapt(linears, x)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -1013,11 +1020,10 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
-def rotary_angles(cfg: Config) -> Tensor:
-    """Rotation angle of each position and channel pair, (T, R) float32."""
-    pairs = cfg.rope_dims // 2
-    speed = cfg.rope_base ** -(torch.arange(pairs, dtype=torch.float64) / pairs)        # (R,)
-    return torch.outer(torch.arange(cfg.seq_len, dtype=torch.float64), speed).float()
+def rotary_angles(cfg: Config, positions: Tensor) -> Tensor:
+    """Rotation angle of each of the positions (T,) and channel pair, (T, R) float32."""
+    pairs = torch.arange(cfg.rope_dims // 2, dtype=torch.float64, device=positions.device)
+    return torch.outer(positions.double(), cfg.rope_base ** -(pairs / len(pairs))).float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1185,6 +1191,37 @@ def choose_attention(cfg: Config, dist: Dist, compiled: Callable) -> Sdpa:
     return FlexAttention(compiled) if dist.on_cuda and cfg.documents else Sdpa()
 
 
+class Memory(NamedTuple):
+    """What documents side by side, read as far as position `at`, leave to their next chunk."""
+    kept: Tensor        # (passes of a layer, 2, B, S, K, D) keys and values of the last S tokens
+    last: Tensor        # (B, 1, C) embedding of the last token, for SmearGate
+    at: Tensor          # () int64
+
+
+class Past:
+    """The pass over T tokens after a `memory`, whose keys and values are read, not recomputed."""
+    def __init__(self, cfg: Config, memory: Memory, T: int, adapt: Callable):
+        self.last, self.kept, self.after, self.adapt = memory.last, iter(memory.kept), [], adapt
+        key = torch.arange(-memory.kept.size(3), T, device=memory.at.device) + memory.at
+        angles = rotary_angles(cfg, key[-T:])[:, None]                          # (T, 1, R)
+        self.rotation = [x.to(memory.last.dtype) for x in (angles.cos(), angles.sin())]
+        ago = key[-T:, None] - key                                              # (T, S + T)
+        self.visible = (key >= 0) & (ago >= 0) & (ago < cfg.seq_len)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `Sdpa.attend`, over what is kept for this layer and then causally over the chunk."""
+        (B, T, H, D), K = q.shape, k.size(2)
+        both = torch.cat([next(self.kept), torch.stack([k, v])], 2)         # (2, B, S + T, K, D)
+        self.after.append(both[:, :, T:].detach())
+        # Queries that share a key are rows of one product; no backend takes such a mask everywhere.
+        q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
+        k, v = both.transpose(2, 3)                                         # (B, K, S + T, D)
+        scores = (q @ k.mT).float() * D ** -0.5                             # (B, K, G T, S + T)
+        scores = scores.masked_fill(~self.visible.repeat(H // K, 1), -torch.inf)
+        y = scores.softmax(-1).to(v.dtype) @ v
+        return y.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
 def sdpa_backends(dist: Dist):
     """Context in which PyTorch's attention takes the first backend that supports the model."""
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
@@ -1221,7 +1258,7 @@ class Attention(nn.Module):
         q, k, v = split(qkv.view(B, T, -1, self.head_dim), self.q_gain, ctx.cos, ctx.sin)
         if self.value_gain is not None:                     # before XSA, which excludes this too
             v = v + self.value_gain.to(x.dtype) * ctx.values
-        y = ctx.attend(q, k, v, ctx.mask)                               # (B, T, H, D)
+        y = ctx.attend(q, k, v)                                         # (B, T, H, D)
         if self.xsa:
             y = (FusedExclusion.apply if ctx.fused else exclude_self)(y, v)
         if self.head_gate is not None:
@@ -1414,7 +1451,7 @@ class GPT(nn.Module):
         self.skip_weights = param(torch.ones(skips, cfg.model_dim), "scalar")
         if cfg.skip_gates_enabled:
             self.skip_gates = param(torch.zeros(skips, cfg.model_dim), "scalar")
-        angles = rotary_angles(cfg)[:, None]                                        # (T, 1, R)
+        angles = rotary_angles(cfg, torch.arange(cfg.seq_len))[:, None]             # (T, 1, R)
         self.register_buffer("cos", angles.cos().to(dtype), persistent=False)
         self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
         for name, module in self.named_modules():
@@ -1441,7 +1478,8 @@ class GPT(nn.Module):
         """What attention over tokens (B, T) sees; the same for all layers."""
         return self.attention.mask(tokens, self.cfg.documents)
 
-    def hidden(self, tokens: Tensor, mask, looped: bool, tap: Callable | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, mask, looped: bool, tap: Callable | None = None,
+               past: Past | None = None) -> Tensor:
         """State of every position after the final norm, (B, T, C); `tap` as in Context."""
         T, extras, values = tokens.size(1), self.extras, None
         x = F.embedding(tokens, self.tok_emb)                                       # (B, T, C)
@@ -1449,12 +1487,18 @@ class GPT(nn.Module):
         if self.cfg.smear_channels:                         # SmearGate, #1667, masked as in #1851
             gate = self.smear_strength.to(x.dtype) * channel_gate(x, self.smear_weight)
             gate = gate * (tokens != BOS)[..., None]                                # (B, T, 1)
-            x = x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
+            before = F.pad(x[:, :-1], (0, 0, 1, 0))
+            if past:                                        # a chunk follows tokens of its document
+                before = torch.cat([past.last, x[:, :-1]], 1)
+                past.last = x[:, -1:].detach().contiguous()
+            x = x + gate * before
         x = rms_norm(x)
         if extras is not None:
             x, values = extras.smear(x, tokens), extras.values(tokens, x.dtype)
-        ctx = Context(x, self.cos[:T], self.sin[:T], values, mask, self.attention.attend, tap,
+        attend = partial(self.attention.attend, mask=mask)
+        ctx = Context(x, self.cos[:T], self.sin[:T], values, attend, None, tap,
                       self.fused and tap is None)
+        ctx = Context(x, *past.rotation, None, past.attend, past.adapt, tap, False) if past else ctx
         hidden = rms_norm(self.run_layers(x, ctx, looped))
         if tap is not None:
             tap(["tok_emb"], hidden)
@@ -1481,9 +1525,10 @@ class GPT(nn.Module):
             x, lane = self.layers[i](x, lane, ctx)
         return x if lane is None else 0.5 * (x + lane)
 
-    def per_token_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Nats of targets (B, t) given hidden states (B, t, C): (B, t) float32."""
+    def per_token_loss(self, hidden: Tensor, targets: Tensor, more: Tensor | None = None) -> Tensor:
+        """Nats of targets (B, t) by hidden states (B, t, C), `more` added to logits: (B, t) f32."""
         logits = F.linear(hidden, self.tok_emb.to(hidden.dtype))                    # (B, t, V)
+        logits = logits if more is None else logits + more
         return SoftcapNLL.apply(logits, targets, self.cfg.logit_softcap)
 
     def capture_linear_inputs(self, tokens: Tensor, mask, looped: bool) -> list:
@@ -2124,8 +2169,10 @@ class Window(NamedTuple):
 class Chunk(NamedTuple):
     """Windows that are scored by the same weights, and the targets first..last - 1 they score."""
     windows: list[Window]
-    first: int
+    first: int                      # of documents: of their batch, counted in the order of scoring
     last: int
+    told: dict | None = None        # what the log tells of it; None = nothing
+    goes_on: tuple[bool, ...] = ()  # of each document: later chunks of it can learn from this one
 
 
 def plain_plan(n: int, cfg: Config) -> list[Chunk]:
@@ -2138,11 +2185,35 @@ def sliding_plan(n: int, cfg: Config) -> list[Chunk]:
 
     The first window scores all of its targets, every other one the last `eval_stride`.
     """
-    T, size = cfg.seq_len, cfg.ttt_chunk_tokens
+    T, size = cfg.seq_len, n if cfg.ttt_rank else cfg.ttt_chunk_tokens
     starts = range(cfg.eval_stride, n - T + 1, cfg.eval_stride)
     windows = [Window(0, T), *(Window(start, cfg.eval_stride) for start in starts)]
     groups = itertools.groupby(windows, lambda w: (w.start + T - w.tail) // size)
-    return [Chunk(list(group), i * size, min((i + 1) * size, n)) for i, group in groups]
+    spans = [(list(group), i * size, min((i + 1) * size, n)) for i, group in groups]
+    return [Chunk(group, first, last, dict(chunk=f"{i}/{len(spans)}", first=first, last=last),
+                  (last < n,)) for i, (group, first, last) in enumerate(spans, 1)]
+
+
+def document_plan(tokens: Tensor, cfg: Config, world: int) -> list[Chunk]:
+    """Chunks of documents side by side, by length, `eval_batch_seqs` a rank.
+
+    A document of the stream (n + 1,) begins with BOS or with the stream; the next one's BOS is its
+    last target.  Window i of a chunk is that of its batch's document i, tail 0 after its end.
+    """
+    T, n, size, most = cfg.seq_len, len(tokens) - 1, cfg.ttt_chunk_tokens, cfg.eval_batch_seqs
+    cuts = sorted({0, n, *(tokens[:n] == BOS).nonzero()[:, 0].tolist()})
+    documents = sorted(map(range, cuts, cuts[1:]), key=lambda d: (-len(d), d.start))
+    batches = [documents[i:i + most * world] for i in range(0, len(documents), most * world)]
+    chunks, last = [], 0
+    for i, batch in enumerate(batches, 1):
+        first, last = last, last + sum(map(len, batch))
+        told = dict(chunk=f"{i}/{len(batches)}", first=first, last=last, documents=len(batch),
+                    updates=(len(batch[0]) - 1) // size)
+        for at in range(0, len(batch[0]), size):
+            windows = [Window(d[at:at + size].stop - T, len(d[at:at + size])) for d in batch]
+            goes_on = tuple(len(d) > at + size for d in batch)
+            chunks.append(Chunk(windows, first, last, None if any(goes_on) else told, goes_on))
+    return chunks
 
 
 class Tally:
@@ -2199,6 +2270,21 @@ class Scorer:
         tally.add(nll[:B], sizes, windows, self.cfg.seq_len)                    # without padding
 
 
+class DocumentScorer(Scorer):
+    """Scores chunks of documents side by side; its `forward` is LoRA's, which continues them."""
+
+    def score(self, windows: list[Window], tally: Tally):
+        """Score this rank's documents of a batch, padded to one shape."""
+        cfg, mine, T = self.cfg, self.rt.dist.local_slice(windows), self.cfg.ttt_chunk_tokens
+        starts = [w.start + cfg.seq_len - w.tail for w in mine] + [0] * cfg.eval_batch_seqs
+        real = [T * i + j for i, w in enumerate(mine) for j in range(w.tail)]
+        starts, real = (torch.tensor(x, device=self.rt.dist.device).long() for x in (starts, real))
+        at = starts[:cfg.eval_batch_seqs, None] + self.steps[:T]
+        at = at.clamp(max=len(self.stream.bytes) - 1)                                       # (B, T)
+        nll = self.forward(self.stream.tokens[at].long(), self.stream.tokens[at + 1].long())
+        tally.add(nll.flatten()[real], self.stream.bytes[at.flatten()[real]], mine, cfg.seq_len)
+
+
 class Frozen:
     """No test-time training; base class of learners, which never see the tally."""
     learns = False
@@ -2218,14 +2304,15 @@ def evaluate(scorer: Scorer, plan: list[Chunk], learner: Frozen) -> Tally:
     """
     dist, log = scorer.rt.dist, scorer.rt.log
     tally = Tally(len(scorer.stream.bytes), dist.device)
-    for i, chunk in enumerate(log.track(plan, "scoring", len(plan)), 1):
+    for chunk in log.track(plan, "scoring", len(plan)):
         learner.before(chunk)
         scorer.score(chunk.windows, tally)      # score: the weights know earlier chunks only
-        span = dict(chunk=f"{i}/{len(plan)}", first=chunk.first, last=chunk.last)
-        if learner.learns:
-            log("score", **span, bpb=tally.total(dist)[1])
-            if i < len(plan):                           # nothing is scored after the last chunk
-                log("update", **span, **learner.after(chunk))       # learn: the chunk is scored
+        if learner.learns and chunk.told:
+            log("score", **chunk.told, bpb=tally.total(dist)[1])
+        if learner.learns and any(chunk.goes_on):       # nothing is scored after a last chunk
+            values = learner.after(chunk)                           # learn: the chunk is scored
+            if chunk.told:
+                log("update", **chunk.told, **values)
     return tally
 
 
@@ -2278,6 +2365,78 @@ class SGD(Frozen):
         clip_gradient_(flat.grad, self.CLIP_NORM)
         self.velocity.mul_(self.run.cfg.ttt_momentum).add_(flat.grad)
         flat.data.add_(self.velocity, alpha=-lr)
+
+
+class LoRA(Frozen):
+    """Low-rank adapters, one for each document, which learn from its chunks (#1530, #1767, #1953).
+
+    For SITES in each pass of a layer and for the head, x A' B' is added to outputs x W': A (r, I)
+    begins at the same random values for all documents, B (O, r) at 0, which changes no score.
+    """
+    learns = True
+    SITES = "c_k", "proj", "fc"             # keys, outputs of attention, and both of the MLP
+    SCALE = 1.8                             # of what is added: 144 / 80 in #1767
+    ADAMW = dict(betas=(0.0, 0.99), eps=1e-10, weight_decay=0.5, fused=True)
+
+    def __init__(self, run: "Run", looped: bool):
+        self.run, self.looped, cfg, dist = run, looped, run.cfg, run.rt.dist
+        layers = [run.model.layers[i] for half in layer_schedule(cfg, looped) for i in half]
+        self.passes, self.sites = len(layers), [
+            m for layer in layers for m in layer.modules()                      # as they run
+            if isinstance(m, Linear) and m.name.split(".")[-2] in self.SITES]
+        B, r, rng, parts = cfg.eval_batch_seqs, cfg.ttt_rank, generator(cfg.seed, "adapters"), []
+        for O, I in [m.weight.shape for m in self.sites] + [run.model.tok_emb.shape]:
+            A = torch.from_numpy(rng.uniform(-I ** -0.5, I ** -0.5, (r, I))).float()
+            parts += [A.expand(B, r, I), torch.zeros(()).expand(B, O, r)]
+        self.shapes, self.sizes = [p.shape for p in parts], [p.numel() for p in parts]
+        self.initial = torch.cat([p.flatten().to(dist.device) for p in parts])  # (Q,)
+        self.over, self.run_chunk = True, compiler(cfg, dist)(self.run_chunk)
+        run.model.requires_grad_(False)                     # only adapters learn
+
+    def before(self, chunk: Chunk):
+        """Begin a batch with fresh adapters and an empty memory."""
+        cfg, model, B = self.run.cfg, self.run.model, self.run.cfg.eval_batch_seqs
+        if self.over:
+            self.data, self.position = self.initial.clone().requires_grad_(), 0
+            self.adamw = torch.optim.AdamW([self.data], cfg.ttt_lr, **self.ADAMW)
+            new = partial(self.initial.new_zeros, dtype=model.dtype)
+            self.memory = Memory(
+                new(self.passes, 2, B, cfg.seq_len // 4, cfg.num_kv_heads, cfg.head_dim),
+                new(B, 1, cfg.model_dim), new((), dtype=torch.int64))
+        self.over, self.position = not any(chunk.goes_on), self.position + cfg.ttt_chunk_tokens
+        room = cfg.seq_len - self.memory.kept.size(3)       # two sizes, each with a graph
+        if room and self.position > cfg.seq_len - room:
+            self.memory = self.memory._replace(kept=F.pad(self.memory.kept, (0,) * 4 + (room, 0)))
+
+    def run_chunk(self, tokens: Tensor, targets: Tensor, data: Tensor, memory: Memory) -> tuple:
+        """Nats (B, T) and hidden states (B, T, C) of a chunk by adapters `data`, and the memory."""
+        parts = map(Tensor.view, data.split(self.sizes), self.shapes)
+
+        def added(x: Tensor) -> Tensor:                     # (B, T, I) -> (B, T, O)
+            A, B = next(parts).to(x.dtype), next(parts).to(x.dtype)
+            return self.SCALE * ((x @ A.mT) @ B.mT)
+
+        def adapt(linears: list[Linear], x: Tensor) -> Tensor:
+            return torch.cat([added(x) if linear in self.sites else x.new_zeros(
+                *x.shape[:2], len(linear.weight)) for linear in linears], 2)
+        T, model = tokens.size(1), self.run.model
+        past = Past(self.run.cfg, memory, T, adapt)
+        hidden = model.hidden(tokens, None, self.looped, past=past).float()           # fp32 logits
+        nll = model.per_token_loss(hidden, targets, added(hidden))
+        return nll, hidden.detach(), Memory(torch.stack(past.after), past.last, memory.at + T)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Nats of the next targets (B, T) of all documents, after tokens (B, T): what is scored."""
+        self.nll, _, self.memory = self.run_chunk(tokens, targets, self.data, self.memory)
+        return self.nll.detach()
+
+    def after(self, chunk: Chunk) -> dict:
+        """Take one step for each document that goes on, by its mean loss over all of the chunk."""
+        mine = torch.tensor(self.run.rt.dist.local_slice(chunk.goes_on)).float()
+        mine = F.pad(mine, (0, len(self.nll) - len(mine))).to(self.nll.device)
+        self.data.grad, = torch.autograd.grad(self.nll.mean(1) @ mine, self.data)
+        self.adamw.step()
+        return {}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2916,7 +3075,7 @@ def open_validation(run: Run, tokenizer, identity: Identity) -> Stream:
     return Stream(*(torch.from_numpy(a).to(run.rt.dist.device) for a in arrays))
 
 
-def warm_up_scoring(run: Run, forward: Callable):
+def warm_up_scoring(run: Run, forward: Callable, learner: LoRA | None = None):
     """Compile every shape that scoring and test-time training use, on random tokens."""
     cfg, (dist, log, _) = run.cfg, run.rt
     started, shape = time.perf_counter(), (cfg.eval_batch_seqs, cfg.seq_len)
@@ -2924,7 +3083,15 @@ def warm_up_scoring(run: Run, forward: Callable):
         tokens = torch.randint(cfg.vocab_size, shape, device=dist.device)
         for tail in {cfg.seq_len, cfg.eval_stride}:
             forward(tokens, tokens[:, -tail:].contiguous(), precise=True)       # as in score_batch
-    if cfg.ttt_enabled:
+    if learner:                                             # until its memory has grown
+        shape = 2, cfg.eval_batch_seqs, cfg.ttt_chunk_tokens
+        chunk = Chunk([], 0, 0, goes_on=(True,))
+        for _ in range(cfg.seq_len // 4 // cfg.ttt_chunk_tokens + 2):
+            learner.before(chunk)
+            learner.forward(*torch.randint(cfg.vocab_size, shape, device=dist.device))
+            learner.after(chunk)
+        learner.over = True
+    elif cfg.ttt_enabled:
         shape = (cfg.ttt_chunk_tokens + 1,)
         chunk = torch.randint(cfg.vocab_size, shape, dtype=torch.int32, device=dist.device)
         SGD(run, forward, Stream(chunk, chunk), 2).step(chunk, 0.0)             # moves nothing
@@ -2949,7 +3116,8 @@ def eval_stage(run: Run, weights: dict[str, Tensor], identity: Identity) -> dict
     forward = partial(run.forward, looped=container.meta["looped"])
     tensors = container.tensors(artifact_layout(run.flat))
     tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, container.meta["tokenizer"])
-    warm_up_scoring(run, forward)
+    learner = LoRA(run, container.meta["looped"]) if cfg.ttt_enabled and cfg.ttt_rank else None
+    warm_up_scoring(run, forward, learner)
     if rt.clock.phase == "train":                           # this run has not calibrated
         rt.clock.close_training_data()
     started = time.perf_counter()
@@ -2966,7 +3134,11 @@ def eval_stage(run: Run, weights: dict[str, Tensor], identity: Identity) -> dict
     name, (loss, bpb) = "quantized", score(scorer, "quantized", plain, Frozen(), timed=True)
     if cfg.sliding_enabled:
         name, (loss, bpb) = "sliding", score(scorer, "sliding", sliding, Frozen(), timed=True)
-    if cfg.ttt_enabled:                                     # last: it leaves other weights behind
+    if learner:
+        scorer = DocumentScorer(cfg, rt, learner.forward, stream)
+        plan = document_plan(stream.tokens, cfg, rt.dist.world)
+        name, (loss, bpb) = "ttt", score(scorer, "ttt", plan, learner, timed=True)
+    elif cfg.ttt_enabled:                                   # last: it leaves other weights behind
         learner = SGD(run, forward, stream, len(sliding))
         name, (loss, bpb) = "ttt", score(scorer, "ttt", sliding, learner, timed=True)
     block = dict(val_bpb=bpb, val_loss=loss, score=name, train_seconds=rt.clock.train_seconds,

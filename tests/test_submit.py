@@ -360,6 +360,31 @@ def test_fixed_predictor_needs_no_chunks(logs):
     assert found.state == "PASS" and "fixed" in found.finding
 
 
+def of_documents(text: str) -> str:
+    """The log with its four chunks as batches of 64 documents, 100 updates each."""
+    text = re.sub("^update .*\n", "", text, flags=re.M)
+    text = re.sub(r"^(score .*) bpb", r"\1 documents=64 updates=100 bpb", text, flags=re.M)
+    return text.replace("ttt_epochs=3", "ttt_epochs=3 ttt_chunk_tokens=48")
+
+
+def test_documents_count_their_updates(logs):
+    """A batch has a line; its updates leave a last chunk of every document unlearnt."""
+    text = of_documents(own_log(42))
+    found = judged(text)["score_first_ttt"]
+    assert found.state == "PASS" and "4 batches of documents" in found.finding
+    for pattern, new, message in (
+            (r"^score chunk=2/4(.*) updates=\d+", r"score chunk=2/4\1 updates=999999", "take 48"),
+            (r"^score chunk=2/4(.*) documents=64", r"score chunk=2/4\1 documents=0", "of each"),
+            (r"^(score chunk=2/4.*) documents=64 updates=100", r"\1", "update lines"),
+            (r"^score (chunk=1/4 first=\d+ last=\d+)(.*)$", r"score \1\2\nupdate \1",
+             "update lines"),
+            (r"^(score (chunk=2/4 first=\d+ last=\d+).*)$", r"\1\nupdate \2", "not right after"),
+            (r"^score chunk=2/4.*\n", "", "not chunk")):
+        changed = re.sub(pattern, new, text, count=1, flags=re.M)
+        found = judged(changed)["score_first_ttt"]
+        assert changed != text and found.state == "FAIL" and message in found.finding, pattern
+
+
 def test_one_log_by_stages(logs):
     """A log that three processes wrote, one a stage, is as good as one of a single process."""
     text = own_log(42)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -318,6 +319,37 @@ def test_a_long_text_comes_back_and_costs_its_score(fresh, artifact, capsys):
     assert re.search(rf"model.golf +{artifact.stat().st_size:,} bytes", out)
     # Learning pays here, so a code this short cannot come from frozen weights.
     assert len(found.blob) < 0.99 * len(compress(fresh(ttt_enabled=False), text))
+
+
+ADAPTER = dict(ttt_rank=4, ttt_chunk_tokens=4, ttt_lr=0.01)
+
+
+def test_a_document_and_its_adapter_come_back(fresh):
+    """Decoder and encoder teach the same adapter; the code is as long as the score, and shorter."""
+    text = 20 * b"A jackdaw vexed 47 quick zebus, 9 by 9, as XYZ had it.\n"      # unlike the corpus
+    found = use_artifact.measure(lambda: fresh(**ADAPTER), text)
+    assert not found.problem and abs(found.excess) < 0.001 * found.bits + 32
+    frozen = compress(fresh(**{**ADAPTER, "ttt_lr": 0.0}), text)
+    assert len(found.blob) < 0.99 * len(frozen)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 8, 15, 16, 17, 33])
+def test_every_place_where_a_document_may_end(fresh, size):
+    """Texts that end within, at and after the first chunks, and after the context."""
+    text = b"\n" * size
+    assert round_trip(lambda: fresh(**ADAPTER), text) == text
+
+
+@pytest.mark.parametrize("parts", [r for r in RECIPES if r.id in ("golf", "pr1876")])
+def test_documents_of_recipes_come_back(make_cfg, make_run, pieces, parts):
+    """Recurrence, gates, lanes and SmearGate go on from chunk to chunk in the decoder, too."""
+    cfg = make_cfg(**{**parts, **ADAPTER, "ttt_enabled": True})
+
+    def untrained() -> Opened:
+        run = stirred(make_run(cfg))
+        return Opened(run._replace(forward=partial(run.forward, looped=True)), pieces, b"untested")
+    text = english(200)
+    assert round_trip(untrained, text) == text
 
 
 @pytest.mark.parametrize("parts", RECIPES)

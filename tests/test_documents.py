@@ -1,0 +1,304 @@
+"""train_gpt.py, Test-time training: every document teaches its own adapter, and no other.
+
+Run alone: python -m pytest -q tests/test_documents.py
+"""
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PARTS, stirred, stream
+from test_ttt import edited, in_ranks
+from torch._dynamo.testing import CompileCounter
+
+import train_gpt
+from train_gpt import (BOS, Chunk, ConfigError, DocumentScorer, LoRA, Stream, Tally, document_plan,
+                       evaluate)
+
+SHORT = dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, seq_len=16, eval_stride=2,
+             eval_batch_seqs=3, train_batch_tokens=64, parallel_residual_start=1, rope_dims=4,
+             ttt_rank=4, ttt_chunk_tokens=4, ttt_lr=0.05)
+STARTS = 0, 5, 6, 15, 60        # of documents of 5, 1, 9, 45 and 36 tokens
+N = 96
+RECIPES = [name for name in PARTS if name != "pr1060"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Helpers
+# ------------------------------------------------------------------------------------------------
+
+def documents_of(cfg, n: int = N, starts=STARTS) -> Stream:
+    """A random stream with BOS at `starts` and nowhere else."""
+    data = stream(cfg, n)
+    data.tokens[data.tokens == BOS] = BOS + 1
+    data.tokens[list(starts)] = BOS
+    return data
+
+
+def spans(n: int = N, starts=STARTS) -> list[range]:
+    """Targets of each document."""
+    cuts = [*starts, n]
+    return list(map(range, cuts, cuts[1:]))
+
+
+def learn(run, data: Stream) -> Tally:
+    """Score a stream's documents, each of which teaches its adapter."""
+    learner = LoRA(run, looped=True)
+    plan = document_plan(data.tokens, run.cfg, run.rt.dist.world)
+    return evaluate(DocumentScorer(run.cfg, run.rt, learner.forward, data), plan, learner)
+
+
+@pytest.fixture
+def scores(make_run, monkeypatch):
+    """A function (cfg, data) that returns the nats (n,) of all targets by a fresh model."""
+    nats, add = {}, Tally.add
+
+    def listen(self, nll, sizes, windows, seq_len):
+        ends = [w.start + seq_len for w in windows]
+        at = [t for w, end in zip(windows, ends) for t in range(end - w.tail, end)]
+        assert not nats.keys() & set(at)
+        nats.update(zip(at, nll.tolist(), strict=True))
+        add(self, nll, sizes, windows, seq_len)
+    monkeypatch.setattr(Tally, "add", listen)
+
+    def scores_of(cfg, data: Stream) -> torch.Tensor:
+        nats.clear()
+        learn(stirred(make_run(cfg)), data)
+        assert sorted(nats) == list(range(len(data.bytes)))
+        return torch.tensor([nats[i] for i in sorted(nats)], dtype=torch.float64)
+    return scores_of
+
+
+@torch.no_grad()
+def plain(run, data: Stream, document: range) -> torch.Tensor:
+    """Nats of a document's targets by one ordinary pass over it."""
+    tokens = data.tokens[document.start:document.stop + 1].long()[None]
+    return run.model(tokens[:, :-1], tokens[:, 1:], True, precise=True)[0].double()
+
+
+# ------------------------------------------------------------------------------------------------
+# The plan
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_plan_scores_each_target_once(make_cfg, world):
+    """Any stream: documents by length, chunk after chunk of each, the last is not learnt from."""
+    rng, cfg = random.Random(0), make_cfg(**SHORT)
+    T, size = cfg.seq_len, cfg.ttt_chunk_tokens
+    for n in range(1, 80):
+        starts = sorted({0, *(rng.randrange(n) for _ in range(rng.randrange(12)))})
+        data = documents_of(cfg, n, starts[rng.randrange(2) if n > 1 else 0:])  # or without BOS
+        found, lengths = [], {}
+        for chunk in document_plan(data.tokens, cfg, world):
+            for w, goes_on in zip(chunk.windows, chunk.goes_on, strict=True):
+                at = range(w.start + T - w.tail, w.start + T)
+                start = max(s for s in starts if s <= at.start) if w.tail else None
+                found += at
+                if w.tail:
+                    assert at.start - start == lengths.get(start, 0)
+                    assert all(s not in at[1:] for s in starts)
+                    assert w.tail == size if goes_on else w.tail <= size
+                    lengths[start] = lengths.get(start, 0) + w.tail
+            assert bool(chunk.told) != any(chunk.goes_on)
+            assert chunk.first < len(found) <= chunk.last
+            assert not chunk.told or chunk.last == len(found)
+        assert sorted(found) == list(range(n))
+        assert list(lengths.values()) == sorted(lengths.values(), reverse=True)
+
+
+def test_the_log_counts_batches_on(make_cfg, make_run, quiet):
+    """A score line for each batch, whose targets follow those of the one before."""
+    run = stirred(make_run(make_cfg(**SHORT)))
+    quiet.events.clear()
+    tally = learn(run, documents_of(run.cfg))
+    lines = [(e["chunk"], e["first"], e["last"], e["documents"], e["updates"])
+             for e in quiet.of("score")]
+    assert lines == [("1/2", 0, 90, 3, 11), ("2/2", 90, 96, 2, 1)]
+    assert quiet.of("score")[-1]["bpb"] == tally.total(run.rt.dist)[1] and not quiet.of("update")
+
+
+# ------------------------------------------------------------------------------------------------
+# Without learning
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_kept_keys_and_values_give_the_plain_forward(make_cfg, make_run, scores, recipe):
+    """Chunks of four tokens by adapters of zero score as one pass over each document does."""
+    cfg = make_cfg(**{**SHORT, **PARTS[recipe], "seq_len": 64, "ttt_lr": 0.0})
+    data, run = documents_of(cfg), stirred(make_run(cfg))
+    found = scores(cfg, data)
+    for document in spans():
+        want = plain(run, data, document)
+        torch.testing.assert_close(found[document.start:document.stop], want, rtol=1e-5, atol=2e-6)
+
+
+def test_a_stream_without_bos(make_cfg, make_run, scores):
+    """It is one document."""
+    cfg = make_cfg(**{**SHORT, **PARTS["golf"], "seq_len": 64, "ttt_lr": 0.0})
+    data = documents_of(cfg, 50, [])
+    want = plain(stirred(make_run(cfg)), data, range(50))
+    torch.testing.assert_close(scores(cfg, data), want, rtol=1e-5, atol=2e-6)
+
+
+def test_a_long_document_is_seen_through_a_moving_window(make_cfg, make_run, scores, monkeypatch):
+    """Beyond seq_len each layer's query sees the last seq_len keys, rotated by their distance."""
+    cfg = make_cfg(**{**SHORT, "ttt_lr": 0.0})
+    data, T = documents_of(cfg), cfg.seq_len
+    run = stirred(make_run(make_cfg(**{**SHORT, "seq_len": 64, "train_batch_tokens": 64})))
+
+    def attend(q, k, v):
+        at = torch.arange(q.size(1))
+        band = (at <= at[:, None]) & (at > at[:, None] - T)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, band, enable_gqa=True).transpose(1, 2)
+    found = scores(cfg, data)
+    monkeypatch.setattr(train_gpt, "attend", attend)
+    for document in spans():
+        want = plain(run, data, document)
+        torch.testing.assert_close(found[document.start:document.stop], want, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("recipe", PARTS)
+def test_zeros_added_to_every_matrix_change_no_bit(make_cfg, make_run, monkeypatch, recipe):
+    """The seam itself costs nothing: outputs plus zeros are the outputs."""
+    run = stirred(make_run(make_cfg(**PARTS[recipe])))
+    tokens = stream(run.cfg, 32).tokens[None, :-1].long()
+    want, met, real = run.model(tokens), [], train_gpt.Context
+
+    def zeros(linears, x):
+        met.extend(linear.name for linear in linears)
+        return x.new_zeros(*x.shape[:2], sum(len(linear.weight) for linear in linears))
+    monkeypatch.setattr(train_gpt, "Context", lambda *args: real(*args)._replace(adapt=zeros))
+    assert torch.equal(run.model(tokens), want)
+    assert set(met) == set(run.flat.groups["muon"])
+
+
+# ------------------------------------------------------------------------------------------------
+# Learning
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_editing_a_target_moves_only_later_scores_of_its_document(make_cfg, scores, recipe):
+    """Bit for bit, for every target but the BOS that cut the stream."""
+    cfg = make_cfg(**{**SHORT, **PARTS[recipe]})
+    data = documents_of(cfg)
+    before = scores(cfg, data)
+    for k in (0, 1, 3, 6, 7, 10, 13, 16, 19, 20, 30, 58, 60, 63, 64, 80, 94, 95):
+        after, (own,) = scores(cfg, edited(data, k, cfg)), [d for d in spans() if k in d]
+        later = torch.tensor([k <= i < own.stop for i in range(N)])
+        assert torch.equal(after[~later], before[~later]), k
+        assert (after[later] != before[later]).all(), k
+
+
+def test_a_first_chunk_is_scored_by_the_weights_alone(make_cfg, scores):
+    """Adapters move what follows, of documents that have a second chunk."""
+    cfg = make_cfg(**SHORT)
+    data = documents_of(cfg)
+    found, frozen = scores(cfg, data), scores(make_cfg(**{**SHORT, "ttt_lr": 0.0}), data)
+    for d in spans():
+        first = slice(d.start, d.start + cfg.ttt_chunk_tokens)
+        rest = slice(first.stop, d.stop)
+        assert torch.equal(found[first][:len(d)], frozen[first][:len(d)])
+        assert len(d) <= cfg.ttt_chunk_tokens or (found[rest] != frozen[rest]).all()
+
+
+def test_documents_do_not_know_their_neighbours(make_cfg, scores):
+    """Side by side or one after another, whatever the batch: the same nats."""
+    found = []
+    for batch in (1, 2, 3, 64):
+        cfg = make_cfg(**{**SHORT, "eval_batch_seqs": batch})
+        found.append(scores(cfg, documents_of(cfg)))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_learning_helps_where_a_document_repeats(make_cfg, scores):
+    """A phrase that comes again and again, each time after the context has forgotten it."""
+    cfg = make_cfg(**SHORT)
+    data = documents_of(cfg, 400, [0])
+    data.tokens[1:] = data.tokens[1:41].repeat(10)
+    found = scores(cfg, data)
+    frozen = scores(make_cfg(**{**SHORT, "ttt_lr": 0.0}), data)
+    assert found[-40:].mean() < 0.8 * frozen[-40:].mean()
+
+
+def test_the_gradient_is_that_of_each_documents_mean(make_cfg, make_run):
+    """A document that ends learns nothing; the others by the mean of their own chunk."""
+    run = stirred(make_run(make_cfg(**SHORT)))
+    learner, seen = LoRA(run, True), []
+    tokens = torch.randint(3, 300, (2, 3, 4))
+    for goes_on in ((True, False, True), (True, True, True)):
+        chunk = Chunk([], 0, 0, None, goes_on)
+        learner.over = True
+        learner.before(chunk)
+        learner.forward(*tokens)
+        learner.after(chunk)
+        seen.append(learner.data.grad)
+    for some, every, shape in zip(*(grad.split(learner.sizes) for grad in seen), learner.shapes):
+        some, every = some.view(shape), every.view(shape)
+        assert not some[1].any() and torch.equal(some[[0, 2]], every[[0, 2]])
+    head = seen[1].split(learner.sizes)[-2:]
+    A, B = (x.view(shape) for x, shape in zip(head, learner.shapes[-2:]))
+    assert not A.any() and B[1].any(), "B is zero before the first step, so A has no gradient"
+
+
+# ------------------------------------------------------------------------------------------------
+# Ranks, graphs, settings
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("world", [2, 5, 7])
+def test_ranks_score_what_one_scores(make_cfg, make_run, world):
+    """Also with fewer documents than ranks; all ranks come to the same collectives."""
+    cfg = make_cfg(**{**SHORT, "train_batch_tokens": 16 * 70})
+    data = documents_of(cfg)
+
+    def work(dist):
+        run = stirred(make_run(cfg, dist))
+        tally = learn(run, data)
+        return *tally.total(dist), *tally.times_scored(dist), getattr(dist, "calls", None)
+    alone, found = work(train_gpt.Dist({})), in_ranks(world, work)
+    for result in found:
+        assert result[:4] == pytest.approx(alone[:4], rel=1e-6)
+        assert result[4:6] == (1, 1) and result[6] == found[0][6]
+
+
+def test_two_graphs_are_compiled_before_the_clock_starts(make_cfg, make_run, monkeypatch):
+    """One for each size of the memory; scoring adds none."""
+    run, counter = stirred(make_run(make_cfg(**SHORT))), CompileCounter()
+    monkeypatch.setattr(train_gpt, "compiler", lambda *args: lambda function: torch.compile(
+        function, fullgraph=True, dynamic=False, backend=counter))
+    learner, data = LoRA(run, True), documents_of(run.cfg)
+    train_gpt.warm_up_scoring(run, run.forward, learner)
+    assert counter.frame_count == 2
+    plan = document_plan(data.tokens, run.cfg, 1)
+    evaluate(DocumentScorer(run.cfg, run.rt, learner.forward, data), plan, learner)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(ttt_chunk_tokens=5), "TTT_CHUNK_TOKENS=5: must be at most 4, a quarter"),
+    (dict(ttt_chunk_tokens=0), "TTT_CHUNK_TOKENS=0: must be positive"),
+    (dict(ttt_rank=-1), "TTT_RANK=-1: must be at least 0"),
+    (dict(extras_1060=True), "TTT_RANK=4: must be 0 with EXTRAS_1060")])
+def test_settings_that_contradict(make_cfg, change, message):
+    """One line says what is wrong."""
+    with pytest.raises(ConfigError, match=message):
+        make_cfg(**{**SHORT, **change})
+
+
+def test_two_processes_score_what_one_scores(toy_env, run_program, read_log, tmp_path):
+    """Real runs: the artifact's documents on one rank and on two, and the lines of the log."""
+    env = {**toy_env, "TTT_RANK": "4", "TTT_CHUNK_TOKENS": "8", "TTT_LR": "0.01", "RUN_ID": "toy",
+           "EVAL_BATCH_SEQS": "4"}
+    found = []
+    for world, more in ((1, {}), (2, dict(STAGES="eval")), (1, dict(STAGES="eval", TTT_LR="0"))):
+        done = run_program({**env, **more}, world=world)
+        assert done.returncode == 0, done.stderr
+        log = read_log(tmp_path / "logs" / "toy.txt")
+        found.append({v["name"]: float(v["val_loss"]) for e, v in log if e == "eval"}["ttt"])
+        batches = [v for e, v in log if e == "score"]
+        assert batches[-1]["last"] == [v for e, v in log if e == "validation"][-1]["targets"]
+        assert ("ledger", "ttt", "1", "1") in [
+            (e, v["name"], v["scored_min"], v["scored_max"]) for e, v in log if e == "ledger"]
+    assert math.isclose(found[0], found[1], rel_tol=1e-7) and found[2] != found[0]
