@@ -137,7 +137,7 @@ def find_problems(c):
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run, with its meaning and unit: TTT_LR=0.01 sets the field `ttt_lr`."""
-    recipe: str = "pr1876"  # named set of defaults; other settings override it
+    recipe: str = "golf"  # named set of defaults; other settings override it
     seed: int = setting(1337, low=0)  # fixes initial weights and data order
     run_id: str = ""  # name of the log and of the run's folder; empty = recipe and seed
     out_dir: str = "."  # folder of logs/ and runs/
@@ -248,9 +248,9 @@ class Config:
 # original quantizes by another rule (percentile clips, LZMA); here every recipe uses one quantizer.
 GOLF = dict(
     num_heads=4, num_kv_heads=2, smear_channels=12, head_gate_channels=12, two_lanes=3,
-    documents=True, looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, ema_horizon_frac=0.1,
-    ema_weight=0.7, lookahead=0.5, matrix_lr=0.03, tied_embed_lr=0.04, beta2=0.99,
-    muon_momentum=0.95, muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300,
+    documents=True, looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, ema_weight=0.7,
+    lookahead=0.5, matrix_lr=0.03, tied_embed_lr=0.04, beta2=0.99, muon_momentum=0.95,
+    muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300,
     embed_step=0.0, gptq_damping=0.1, ttt_rank=32, ttt_lr=0.001, ttt_chunk_tokens=48)
 RECIPES = {
     "pr1876": {},
@@ -1108,8 +1108,23 @@ class FlexAttention(Sdpa):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
+class FlashFunction(torch.autograd.Function):
+    """FlashAttention-4 on q (n, H, D), k and v (n, K, D) within documents from `starts` on."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+        out, lse = torch.ops.golf.flash_forward(q, k, v, starts)
+        ctx.save_for_backward(q, k, v, out, lse, starts)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grads = torch.ops.golf.flash_backward(grad.contiguous(), *ctx.saved_tensors)
+        return *grads, None
+
+
 class FlashAttention4(Sdpa):
-    """FlashAttention-4 over all documents of a batch, one after the other (arXiv:2603.05451).
+    """FlashAttention-4 (arXiv:2603.05451) over all documents of a batch, one after the other.
 
     Two custom operators keep the compiler out of it.  Raises ImportError without the package.
     """
@@ -1121,36 +1136,31 @@ class FlashAttention4(Sdpa):
             raise ImportError(f"flash-attn-4 {version}, not {self.VERSION}")
         from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
-        @torch.library.custom_op("golf::flash_forward", mutates_args=())
-        def forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-            out, lse, *_ = _flash_attn_fwd(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts,
-                                           causal=True, return_lse=True)
-            return out, lse
+        def forward(q, k, v, starts):
+            return _flash_attn_fwd(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, causal=True,
+                                   return_lse=True)[:2]
 
-        @forward.register_fake
-        def _(q, k, v, starts):
-            return q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
-
-        @torch.library.custom_op("golf::flash_backward", mutates_args=())
-        def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                     starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        def backward(grad, *saved):
+            q, k, v, out, lse, starts = saved
+            grads = dq, dk, dv = [torch.empty_like(x) for x in (q, k, v)]
             _flash_attn_bwd(q, k, v, out, grad, lse, causal=True, cu_seqlens_q=starts,
                             cu_seqlens_k=starts, dq=dq, dk=dk, dv=dv)
-            return dq, dk, dv
+            return tuple(grads)
 
-        @backward.register_fake
-        def _(grad, q, k, v, out, lse, starts):
-            return tuple(torch.empty_like(x) for x in (q, k, v))
+        def shapes_forward(q, k, v, starts):
+            return q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
 
-        def save(ctx, inputs, output):
-            ctx.save_for_backward(*inputs[:3], *output, inputs[3])
-
-        def differentiate(ctx, grad, _):
-            q, k, v, out, lse, starts = ctx.saved_tensors
-            return *backward(grad.contiguous(), q, k, v, out, lse, starts), None
-        forward.register_autograd(differentiate, setup_context=save)
-        self.forward, self.crowded = forward, torch.tensor(False)
+        def shapes_backward(grad, *saved):
+            return tuple(torch.empty_like(x) for x in saved[:3])
+        for name, inputs, outputs, function, shapes in (
+                ("forward", "q k v starts", 2, forward, shapes_forward),
+                ("backward", "grad q k v out lse starts", 3, backward, shapes_backward)):
+            taken = ", ".join(f"Tensor {x}" for x in inputs.split())
+            given = ", ".join(["Tensor"] * outputs)
+            torch.library.custom_op(
+                f"golf::flash_{name}", function, mutates_args=(),
+                schema=f"({taken}) -> ({given})").register_fake(shapes)
+        self.crowded = torch.tensor(False)
 
     def mask(self, tokens: Tensor, documents: bool) -> Tensor:
         """Where documents of tokens (B, T) begin in the flattened batch, padded with its length."""
@@ -1174,7 +1184,7 @@ class FlashAttention4(Sdpa):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """As `Sdpa.attend`."""
         flat = (x.flatten(0, 1) for x in (q, k, v))
-        return self.forward(*flat, mask)[0].view_as(q)
+        return FlashFunction.apply(*flat, mask).view_as(q)
 
 
 def choose_attention(cfg: Config, dist: Dist, compiled: Callable) -> Sdpa:
@@ -1183,11 +1193,12 @@ def choose_attention(cfg: Config, dist: Dist, compiled: Callable) -> Sdpa:
         try:
             if not dist.on_cuda or torch.cuda.get_device_capability()[0] < 9:
                 raise ImportError("it takes a GPU of Hopper's generation or later")
+            if cfg.head_dim not in (64, 128):               # narrower ones were less exact
+                raise ImportError(f"heads of {cfg.head_dim} channels, tested are 64 and 128")
             return FlashAttention4()
         except ImportError as e:
             if cfg.flash_attn == "4":
-                raise ConfigError(f"FLASH_ATTN=4: {e}; install flash-attn-4 as the README says, or "
-                                  "set FLASH_ATTN=0") from None
+                raise ConfigError(f"FLASH_ATTN=4: {e}; see README, or set FLASH_ATTN=0") from None
     return FlexAttention(compiled) if dist.on_cuda and cfg.documents else Sdpa()
 
 
@@ -1704,7 +1715,7 @@ class Schedule:
         return start + p * (cfg.muon_momentum - start)
 
     def lookahead(self, progress: float) -> float:
-        """Mean steps ahead at which the gradient is taken: off early, and late, when it overshoots."""
+        """Mean steps ahead at which the gradient is taken: none early, nor late (it overshoots)."""
         return self.cfg.lookahead * self.lr_scale(progress) if 0.15 < progress < 0.75 else 0.0
 
     def ema_decay(self) -> float:

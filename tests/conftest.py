@@ -34,6 +34,7 @@ TEST_SECONDS = 180      # no test takes a tenth of it
 VOCAB = 320             # 256 byte pieces, 4 control pieces, the letters, and a few merged pieces
 TRAIN_SIZES, VAL_SIZE = (6000, 4501, 3002), 1501
 TINY = dict(
+    recipe="pr1876",
     dataset=f"toy_sp{VOCAB}", vocab_size=VOCAB, seq_len=32, num_layers=3, model_dim=64, num_heads=4,
     num_kv_heads=2, mlp_mult=2.0, rope_dims=8, xsa_last_n=2, num_loops=1, loop_start=1, loop_end=1,
     parallel_residual_start=2, iterations=6, max_wallclock_seconds=0.0, train_batch_tokens=256,

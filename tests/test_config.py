@@ -93,9 +93,9 @@ def other_value(name: str):
 
 
 def error_of(env: dict) -> str:
-    """The message of the ConfigError that an environment raises."""
+    """The message of the ConfigError that an environment raises, by Config's own defaults."""
     with pytest.raises(ConfigError) as e:
-        config_from_env({name: str(value) for name, value in env.items()})
+        config_from_env({"RECIPE": "pr1876", **{name: str(v) for name, v in env.items()}})
     return str(e.value)
 
 
@@ -120,14 +120,15 @@ def comments() -> dict[str, str]:
 
 def test_a_variable_sets_its_field_and_no_other():
     """The upper-case variable of a field changes that field only; the recipe changes its own."""
-    assert config_from_env({}) == (Config(), [])
+    assert config_from_env({"RECIPE": "pr1876"})[0] == Config(recipe="pr1876")
+    assert config_from_env({})[0] == Config(**train_gpt.RECIPES["golf"])
     for name in set(DEFAULTS) - {"recipe"}:
         value = other_value(name)
         more = dict(ttt_chunk_tokens=48) if name == "ttt_rank" else {}      # of SGD: too long
         env = {key.upper(): str(v) for key, v in {name: value, **more}.items()}
-        cfg, chosen = config_from_env(env)
-        assert value != DEFAULTS[name] and chosen == [name, *more]
-        assert asdict(cfg) == {**DEFAULTS, name: value, **more}
+        cfg, chosen = config_from_env({"RECIPE": "pr1876", **env})
+        assert value != DEFAULTS[name] and chosen == ["recipe", name, *more]
+        assert asdict(cfg) == {**DEFAULTS, "recipe": "pr1876", name: value, **more}
         assert type(getattr(cfg, name)) is type(DEFAULTS[name])
 
 
@@ -149,10 +150,10 @@ def test_environment_overrides_the_recipe():
 
 @pytest.mark.parametrize("name", train_gpt.RECIPES)
 def test_recipes_are_valid_and_name_fields(name):
-    """Every recipe is valid and made of known fields; the default one changes nothing."""
+    """Every recipe is valid and made of known fields; that of Config's defaults is empty."""
     cfg, _ = config_from_env({"RECIPE": name})
     assert set(train_gpt.RECIPES[name]) <= set(DEFAULTS) - {"recipe"}
-    assert train_gpt.RECIPES[Config().recipe] == {}
+    assert train_gpt.RECIPES["pr1876"] == {}
     assert cfg.name == f"{name}_seed{cfg.seed}"
 
 
@@ -161,7 +162,7 @@ def test_paths_follow_from_the_settings():
     cfg = Config(data_dir="d", dataset="demo_sp1024", vocab_size=1024, out_dir="o", seed=3)
     assert str(cfg.dataset_dir) == "d/datasets/demo_sp1024"
     assert str(cfg.tokenizer_path) == "d/tokenizers/demo_1024_bpe.model"
-    assert str(cfg.artifact_path) == "o/runs/pr1876_seed3/model.golf"
+    assert str(cfg.artifact_path) == "o/runs/golf_seed3/model.golf"
     assert str(replace(cfg, run_id="mine").checkpoint_path) == "o/runs/mine/checkpoint.golf"
     assert replace(cfg, dataset="fineweb10B_sp8192").corpus == "fineweb"
 
@@ -205,7 +206,7 @@ def test_numbers_have_bounds():
             assert error_of({name: value}).startswith(f"{name}={value}: must be "), name
         assert low == 0 or not re.search(r"\b0 = ", comments()[f.name]), name
         if low is not None:
-            env = {name: low} | beside.get(f.name, {})
+            env = {"RECIPE": "pr1876", name: low} | beside.get(f.name, {})
             assert getattr(config_from_env({n: str(v) for n, v in env.items()})[0], f.name) == low
 
 
@@ -223,7 +224,7 @@ def test_misspelt_settings_raise(var, value, meant):
 def test_surroundings_are_not_settings():
     """Variables of other programs change nothing, also a near name with another kind of value."""
     env = dict.fromkeys(SURROUNDINGS, "1") | dict(MODEL_DIR="/models", RESUMED="yes")
-    assert config_from_env(env) == (Config(), [])
+    assert config_from_env(env) == config_from_env({})
 
 
 @pytest.mark.parametrize("var", train_gpt.FOREIGN)

@@ -147,13 +147,13 @@ def test_a_long_document_is_seen_through_a_moving_window(make_cfg, make_run, sco
     data, T = documents_of(cfg), cfg.seq_len
     run = stirred(make_run(make_cfg(**{**SHORT, "seq_len": 64, "train_batch_tokens": 64})))
 
-    def attend(q, k, v):
+    def attend(self, q, k, v, mask):
         at = torch.arange(q.size(1))
         band = (at <= at[:, None]) & (at > at[:, None] - T)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, band, enable_gqa=True).transpose(1, 2)
     found = scores(cfg, data)
-    monkeypatch.setattr(train_gpt, "attend", attend)
+    monkeypatch.setattr(train_gpt.Sdpa, "attend", attend)
     for document in spans():
         want = plain(run, data, document)
         torch.testing.assert_close(found[document.start:document.stop], want, rtol=1e-5, atol=2e-6)

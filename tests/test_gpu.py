@@ -66,6 +66,36 @@ for B, T, C, O in SHAPES:
     found += [((a.float() - b).norm() / b.norm()).item() for a, b in zip(ours, exact)]
 print(json.dumps(found))
 """
+# Prints, for each backend at hand, how far outputs and gradients of attention within documents are
+# from a dense mask's in fp32, over their length, and how much of a gradient leaves its document.
+DOCUMENTS = """
+import json, torch
+from train_gpt import BOS, FlashAttention4, FlexAttention, Sdpa
+torch.manual_seed(0)
+torch.backends.cuda.matmul.allow_tf32 = False
+rows = torch.randint(2, 300, (2, 512), device="cuda")
+rows[0, [0, 1, 7, 130, 131, 511]], rows[1, [40, 200]] = BOS, BOS
+inputs = [torch.randn(2, 512, n, 128, device="cuda").bfloat16() for n in (4, 2, 2)]
+grad = torch.randn(2, 512, 4, 128, device="cuda")
+grad[1] = 0
+def results(backend, inputs):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    y = torch.compile(backend.attend, fullgraph=True)(*inputs, backend.mask(rows, True))
+    return [y, *torch.autograd.grad(y, inputs, grad.to(y.dtype))]
+exact = results(Sdpa(), [x.float() for x in inputs])
+found = {}
+for kind in (FlexAttention, FlashAttention4):
+    try:
+        backend = kind(torch.compile) if kind is FlexAttention else kind()
+    except ImportError:
+        continue
+    ours = results(backend, inputs)
+    backend.check()
+    errors = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(ours, exact)]
+    leak = sum(g[1].abs().max().item() for g in ours[1:])
+    found[backend.name] = dict(error=max(errors), leak=leak)
+print(json.dumps(found))
+"""
 # Prints the peak of memory in MiB of two looped micro-batches, forward and backward.
 MEMORY = """
 import sys, torch, train_gpt
@@ -82,8 +112,9 @@ print(torch.cuda.max_memory_allocated() >> 20)
 
 def run_clean(folder: Path, env: dict, *command: str, seconds: float = 170.0) -> str:
     """Output of a Python command in a process that sees all GPUs and these settings only."""
-    kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "USER")
-    env = {**{n: os.environ[n] for n in kept if n in os.environ}, "PYTHONPATH": str(ROOT), **env}
+    kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "USER", "PYTHONPATH", "CUDA_DEVICE_ORDER")
+    env = {**{n: os.environ[n] for n in kept if n in os.environ}, **env}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     process = subprocess.Popen([sys.executable, *command], env=env, cwd=folder, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                start_new_session=True)
@@ -153,6 +184,14 @@ def test_fused_mlp_equals_its_twin(tmp_path):
     """
     errors = fused_mlp_errors(tmp_path, "cuda", [(2, 128, 512, 2048), (1, 300, 128, 512)])
     assert len(errors) == 8 and max(errors) <= 4 * ROUNDING, errors
+
+
+def test_documents_in_attention(tmp_path):
+    """FlexAttention, and FlashAttention-4 where it is installed, are the dense mask in bf16."""
+    found = json.loads(run_clean(tmp_path, {}, "-c", DOCUMENTS).splitlines()[-1])
+    assert "flex" in found
+    for backend, values in found.items():
+        assert values["error"] <= 4 * ROUNDING and values["leak"] == 0, (backend, values)
 
 
 @pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")

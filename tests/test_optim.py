@@ -415,7 +415,7 @@ def test_average_of_the_weights_in_closed_form(make_cfg, make_run, frac):
 
 
 def test_lookahead_takes_gradients_ahead_and_keeps_the_displacement(make_cfg, make_run):
-    """Two steps by hand: the drift moves the weights before the gradient, and averages the steps."""
+    """Two steps by hand: the drift, a mean of steps, moves the weights before the gradient."""
     run = make_run(make_cfg(lookahead=0.5, ema_weight=0.25))
     state = train_gpt.TrainState(run, 100, False)
     seen, schedule = [], state.schedule

@@ -22,7 +22,7 @@ import train_gpt
 from conftest import ROOT, imported
 
 TRAIN, PACKED_TRAIN = ROOT / "train_gpt.py", ROOT / "packed" / "train_gpt.py"
-MOST_CODE_BYTES = 32_900       # growth beyond it needs a reason; the aim is 26,000
+MOST_CODE_BYTES = 33_300       # growth beyond it needs a reason; the aim is 26,000
 
 TOY = '''\
 #!/usr/bin/env python3
@@ -251,7 +251,8 @@ def steps_of(code):
     variable of the module.  Left out: how cells are set up (by order of names) and how a method
     call is prepared (Python does it otherwise for a local that is called like an import).
     """
-    silent = {"NOP", "MAKE_CELL", "LOAD_CLOSURE", "COPY_FREE_VARS", "PUSH_NULL"}
+    silent = {"NOP", "MAKE_CELL", "LOAD_CLOSURE", "COPY_FREE_VARS", "PUSH_NULL",
+              "EXTENDED_ARG"}           # a longer jump, over instructions that are compared
     parameters = code.co_argcount + code.co_kwonlyargcount
     order = {name: i for i, name in enumerate(code.co_varnames[:parameters])}
     yield "parameters", parameters
