@@ -251,7 +251,7 @@ GOLF = dict(
     documents=True, looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, ema_weight=0.7,
     lookahead=0.5, matrix_lr=0.03, tied_embed_lr=0.04, beta2=0.99, muon_momentum=0.95,
     muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300,
-    embed_step=0.0, gptq_damping=0.1, ttt_rank=32, ttt_lr=0.001, ttt_chunk_tokens=48)
+    embed_step=0.0, gptq_damping=0.1, ttt_rank=32, ttt_lr=0.0001, ttt_chunk_tokens=48)
 RECIPES = {
     "pr1876": {},
     "pr1858": dict(ttt_epochs=2),
