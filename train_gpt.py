@@ -108,8 +108,8 @@ def find_problems(c):
     for wrong, message in (
             (not c.ttt_rank and c.ttt_chunk_tokens % c.seq_len,
              f"SEQ_LEN={c.seq_len} does not divide TTT_CHUNK_TOKENS={c.ttt_chunk_tokens}"),
-            (c.ttt_rank and c.ttt_chunk_tokens > c.seq_len // 4, f"TTT_CHUNK_TOKENS="
-             f"{c.ttt_chunk_tokens}: must be at most {c.seq_len // 4}, a quarter of SEQ_LEN"),
+            (c.ttt_chunk_tokens > c.seq_len and c.ttt_rank, f"TTT_CHUNK_TOKENS="
+             f"{c.ttt_chunk_tokens}: must be at most SEQ_LEN={c.seq_len} with adapters"),
             (c.ttt_rank and c.extras_1060, f"TTT_RANK={c.ttt_rank}: must be 0 with EXTRAS_1060"),
             (c.stage_list != [s for s in ("train", "quantize", "eval") if s in c.stage_list],
              f"STAGES={c.stages}: must name some of train,quantize,eval in this order"),
@@ -183,7 +183,6 @@ class Config:
     enable_looping_at: float = setting(0.35, low=0)  # share of training before recurrence starts
     looping_min_steps: int = setting(0, low=0)  # no recurrence with fewer expected steps of it
     ema_horizon_frac: float = setting(0.063, low=0)  # EMA horizon over expected steps; 0 = no EMA
-    ema_weight: float = setting(1.0, low=0, below=1.0001)  # EMA's share of the final weights
     lookahead: float = setting(0.0, low=0)  # EMA-Nesterov, in mean steps; 0 = off
     tied_embed_lr: float = 0.03  # AdamW learning rate of the token tables
     matrix_lr: float = 0.022  # Muon learning rate
@@ -247,10 +246,10 @@ class Config:
 # steps here; its rotary base is the value that its length rule made of 10,000 in every run.  Its
 # original quantizes by another rule (percentile clips, LZMA); here every recipe uses one quantizer.
 GOLF = dict(
-    num_heads=4, num_kv_heads=2, smear_channels=12, head_gate_channels=12, two_lanes=3,
-    documents=True, looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, ema_weight=0.7,
-    lookahead=0.5, matrix_lr=0.03, tied_embed_lr=0.04, beta2=0.99, muon_momentum=0.95,
-    muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300,
+    seq_len=4096, micro_batch_seqs=32, num_heads=4, num_kv_heads=2, smear_channels=12,
+    head_gate_channels=12, two_lanes=3, documents=True, looping_min_steps=2000,
+    warmdown_frac=0.85, min_lr=0.1, lookahead=0.5, matrix_lr=0.02, beta2=0.99,
+    muon_momentum=0.95, muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300,
     embed_step=0.0, gptq_damping=0.1, ttt_rank=32, ttt_lr=0.0001, ttt_chunk_tokens=48)
 RECIPES = {
     "pr1876": {},
@@ -262,7 +261,7 @@ RECIPES = {
         matrix_lr=0.025, scalar_lr=0.025, muon_wd=0.04, embed_wd=0.04, adam_wd=0.04,
         muon_momentum_warmup_frac=0.22, muon_row_normalize=False, ttt_enabled=False),
     "golf": GOLF,
-    "solo": dict(GOLF, num_loops=0, train_batch_tokens=65536, micro_batch_seqs=32),
+    "solo": dict(GOLF, num_loops=0, train_batch_tokens=65536),
     "demo": dict(
         dataset="demo_sp1024", vocab_size=1024, seq_len=256, num_layers=4, model_dim=128,
         num_heads=4, num_kv_heads=2, num_loops=0, xsa_last_n=4, parallel_residual_start=3,
@@ -1204,26 +1203,27 @@ def choose_attention(cfg: Config, dist: Dist, compiled: Callable) -> Sdpa:
 
 class Memory(NamedTuple):
     """What documents side by side, read as far as position `at`, leave to their next chunk."""
-    kept: Tensor        # (passes of a layer, 2, B, S, K, D) keys and values of the last S tokens
+    kept: list[Tensor]  # of each pass of a layer: keys and values (2, B, S, K, D) of S tokens
     last: Tensor        # (B, 1, C) embedding of the last token, for SmearGate
-    at: Tensor          # () int64
+    at: int
 
 
 class Past:
     """The pass over T tokens after a `memory`, whose keys and values are read, not recomputed."""
     def __init__(self, cfg: Config, memory: Memory, T: int, adapt: Callable):
         self.last, self.kept, self.after, self.adapt = memory.last, iter(memory.kept), [], adapt
-        key = torch.arange(-memory.kept.size(3), T, device=memory.at.device) + memory.at
+        self.most, at = cfg.seq_len, memory.at
+        key = torch.arange(at - memory.kept[0].size(2), at + T, device=memory.last.device)
         angles = rotary_angles(cfg, key[-T:])[:, None]                          # (T, 1, R)
         self.rotation = [x.to(memory.last.dtype) for x in (angles.cos(), angles.sin())]
         ago = key[-T:, None] - key                                              # (T, S + T)
-        self.visible = (key >= 0) & (ago >= 0) & (ago < cfg.seq_len)
+        self.visible = (ago >= 0) & (ago < cfg.seq_len)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `Sdpa.attend`, over what is kept for this layer and then causally over the chunk."""
         (B, T, H, D), K = q.shape, k.size(2)
         both = torch.cat([next(self.kept), torch.stack([k, v])], 2)         # (2, B, S + T, K, D)
-        self.after.append(both[:, :, T:].detach())
+        self.after.append(both[:, :, -self.most:].detach())
         # Queries that share a key are rows of one product; no backend takes such a mask everywhere.
         q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
         k, v = both.transpose(2, 3)                                         # (B, K, S + T, D)
@@ -2401,23 +2401,19 @@ class LoRA(Frozen):
             parts += [A.expand(B, r, I), torch.zeros(()).expand(B, O, r)]
         self.shapes, self.sizes = [p.shape for p in parts], [p.numel() for p in parts]
         self.initial = torch.cat([p.flatten().to(dist.device) for p in parts])  # (Q,)
-        self.over, self.run_chunk = True, compiler(cfg, dist)(self.run_chunk)
+        self.over = True
         run.model.requires_grad_(False)                     # only adapters learn
 
     def before(self, chunk: Chunk):
         """Begin a batch with fresh adapters and an empty memory."""
         cfg, model, B = self.run.cfg, self.run.model, self.run.cfg.eval_batch_seqs
         if self.over:
-            self.data, self.position = self.initial.clone().requires_grad_(), 0
+            self.data = self.initial.clone().requires_grad_()
             self.adamw = torch.optim.AdamW([self.data], cfg.ttt_lr, **self.ADAMW)
             new = partial(self.initial.new_zeros, dtype=model.dtype)
-            self.memory = Memory(
-                new(self.passes, 2, B, cfg.seq_len // 4, cfg.num_kv_heads, cfg.head_dim),
-                new(B, 1, cfg.model_dim), new((), dtype=torch.int64))
-        self.over, self.position = not any(chunk.goes_on), self.position + cfg.ttt_chunk_tokens
-        room = cfg.seq_len - self.memory.kept.size(3)       # two sizes, each with a graph
-        if room and self.position > cfg.seq_len - room:
-            self.memory = self.memory._replace(kept=F.pad(self.memory.kept, (0,) * 4 + (room, 0)))
+            nothing = new(2, B, 0, cfg.num_kv_heads, cfg.head_dim)
+            self.memory = Memory([nothing] * self.passes, new(B, 1, cfg.model_dim), 0)
+        self.over = not any(chunk.goes_on)
 
     def run_chunk(self, tokens: Tensor, targets: Tensor, data: Tensor, memory: Memory) -> tuple:
         """Nats (B, T) and hidden states (B, T, C) of a chunk by adapters `data`, and the memory."""
@@ -2432,9 +2428,10 @@ class LoRA(Frozen):
                 *x.shape[:2], len(linear.weight)) for linear in linears], 2)
         T, model = tokens.size(1), self.run.model
         past = Past(self.run.cfg, memory, T, adapt)
-        hidden = model.hidden(tokens, None, self.looped, past=past).float()           # fp32 logits
-        nll = model.per_token_loss(hidden, targets, added(hidden))
-        return nll, hidden.detach(), Memory(torch.stack(past.after), past.last, memory.at + T)
+        # Not compiled: a pass takes as long, and compiling its graphs took two minutes.
+        hidden = GPT.hidden(model, tokens, None, self.looped, past=past).float()      # fp32 logits
+        nll = GPT.per_token_loss(model, hidden, targets, added(hidden))
+        return nll, hidden.detach(), Memory(past.after, past.last, memory.at + T)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Nats of the next targets (B, T) of all documents, after tokens (B, T): what is scored."""
@@ -2524,10 +2521,6 @@ class TrainState:
             self.drift.lerp_(weights - before, 1 - schedule.drift_decay())
         self.ema.lerp_(weights, 1 - schedule.ema_decay())
         self.step += 1
-
-    def final_weights(self) -> Tensor:
-        """The flat vector that is quantized: between the last weights and their EMA."""
-        return self.run.flat.data.lerp(self.ema, self.run.cfg.ema_weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state by name, not copied."""
@@ -3035,7 +3028,7 @@ def quantize_stage(run: Run, state: TrainState, count: int, identity: Identity):
     cfg, (dist, log, clock), limit = run.cfg, run.rt, run.cfg.max_wallclock_seconds
     # Calibration continues where training ended, on batches after the last that was learnt from.
     batches = Batches(cfg, open_shards(cfg, "train", run.rt, identity), dist, state.loader)
-    run.flat.data.copy_(state.final_weights())
+    run.flat.data.copy_(state.ema)
     # #1858's "void fraction": weights with |w| <= mean |w|, 0.575 for a normal distribution.
     matrices = run.flat.part(run.flat.data, "muon").abs()
     log("weights", below_mean_frac=(matrices <= matrices.mean()).float().mean().item())
@@ -3086,7 +3079,7 @@ def open_validation(run: Run, tokenizer, identity: Identity) -> Stream:
     return Stream(*(torch.from_numpy(a).to(run.rt.dist.device) for a in arrays))
 
 
-def warm_up_scoring(run: Run, forward: Callable, learner: LoRA | None = None):
+def warm_up_scoring(run: Run, forward: Callable):
     """Compile every shape that scoring and test-time training use, on random tokens."""
     cfg, (dist, log, _) = run.cfg, run.rt
     started, shape = time.perf_counter(), (cfg.eval_batch_seqs, cfg.seq_len)
@@ -3094,15 +3087,7 @@ def warm_up_scoring(run: Run, forward: Callable, learner: LoRA | None = None):
         tokens = torch.randint(cfg.vocab_size, shape, device=dist.device)
         for tail in {cfg.seq_len, cfg.eval_stride}:
             forward(tokens, tokens[:, -tail:].contiguous(), precise=True)       # as in score_batch
-    if learner:                                             # until its memory has grown
-        shape = 2, cfg.eval_batch_seqs, cfg.ttt_chunk_tokens
-        chunk = Chunk([], 0, 0, goes_on=(True,))
-        for _ in range(cfg.seq_len // 4 // cfg.ttt_chunk_tokens + 2):
-            learner.before(chunk)
-            learner.forward(*torch.randint(cfg.vocab_size, shape, device=dist.device))
-            learner.after(chunk)
-        learner.over = True
-    elif cfg.ttt_enabled:
+    if cfg.ttt_enabled and not cfg.ttt_rank:                # adapters are not compiled
         shape = (cfg.ttt_chunk_tokens + 1,)
         chunk = torch.randint(cfg.vocab_size, shape, dtype=torch.int32, device=dist.device)
         SGD(run, forward, Stream(chunk, chunk), 2).step(chunk, 0.0)             # moves nothing
@@ -3128,7 +3113,7 @@ def eval_stage(run: Run, weights: dict[str, Tensor], identity: Identity) -> dict
     tensors = container.tensors(artifact_layout(run.flat))
     tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, container.meta["tokenizer"])
     learner = LoRA(run, container.meta["looped"]) if cfg.ttt_enabled and cfg.ttt_rank else None
-    warm_up_scoring(run, forward, learner)
+    warm_up_scoring(run, forward)
     if rt.clock.phase == "train":                           # this run has not calibrated
         rt.clock.close_training_data()
     started = time.perf_counter()
@@ -3210,7 +3195,7 @@ def run_stages(cfg: Config, chosen: list[str], dist: Dist):
         identity, count = check_data(cfg, run.rt), cfg.gptq_calibration_batches
         if "train" in cfg.stage_list:
             state, count = train_stage(run, identity)
-            weights = dict(raw=run.flat.data.clone(), ema=state.final_weights())
+            weights = dict(raw=run.flat.data.clone(), ema=state.ema)
         elif "quantize" in cfg.stage_list:
             state = TrainState.load(run)
         if "quantize" in cfg.stage_list:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from conftest import PARTS, stirred, stream
 from test_ttt import edited, in_ranks
-from torch._dynamo.testing import CompileCounter
 
 import train_gpt
 from train_gpt import (BOS, Chunk, ConfigError, DocumentScorer, LoRA, Stream, Tally, document_plan,
@@ -263,21 +262,8 @@ def test_ranks_score_what_one_scores(make_cfg, make_run, world):
         assert result[4:6] == (1, 1) and result[6] == found[0][6]
 
 
-def test_two_graphs_are_compiled_before_the_clock_starts(make_cfg, make_run, monkeypatch):
-    """One for each size of the memory; scoring adds none."""
-    run, counter = stirred(make_run(make_cfg(**SHORT))), CompileCounter()
-    monkeypatch.setattr(train_gpt, "compiler", lambda *args: lambda function: torch.compile(
-        function, fullgraph=True, dynamic=False, backend=counter))
-    learner, data = LoRA(run, True), documents_of(run.cfg)
-    train_gpt.warm_up_scoring(run, run.forward, learner)
-    assert counter.frame_count == 2
-    plan = document_plan(data.tokens, run.cfg, 1)
-    evaluate(DocumentScorer(run.cfg, run.rt, learner.forward, data), plan, learner)
-    assert counter.frame_count == 2
-
-
 @pytest.mark.parametrize("change, message", [
-    (dict(ttt_chunk_tokens=5), "TTT_CHUNK_TOKENS=5: must be at most 4, a quarter"),
+    (dict(ttt_chunk_tokens=17), "TTT_CHUNK_TOKENS=17: must be at most SEQ_LEN=16"),
     (dict(ttt_chunk_tokens=0), "TTT_CHUNK_TOKENS=0: must be positive"),
     (dict(ttt_rank=-1), "TTT_RANK=-1: must be at least 0"),
     (dict(extras_1060=True), "TTT_RANK=4: must be 0 with EXTRAS_1060")])
