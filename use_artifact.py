@@ -237,6 +237,9 @@ def repeatable() -> Iterator[None]:
     """Context in which equal inputs give equal bits, in this process and in the next one."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # read when cuBLAS starts
     torch.utils.deterministic.fill_uninitialized_memory = False         # a sixth of a pass
+    # Before the first call of this function MKL counts cores for itself, and splits sums otherwise
+    # than after it: a text of several chunks did not come back.
+    torch.set_num_threads(torch.get_num_threads())
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     # FlashAttention where it supports the heads, plain products elsewhere: shapes alone decide.

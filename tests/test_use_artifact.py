@@ -294,6 +294,30 @@ def test_an_encoder_that_sees_no_further_writes_the_same_code(fresh, honest, mon
     assert compress(fresh(), text) == quick
 
 
+GRADIENTS = """
+import torch, train_gpt, use_artifact
+cfg = train_gpt.config_from_env({"RECIPE": "demo"})[0]
+model = train_gpt.GPT(cfg)
+flat = train_gpt.Flat(model, torch.device("cpu"))
+flat.data.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+rows = torch.arange(16 * 256).view(16, 256) % 1000
+found = []
+for _ in range(2):
+    with use_artifact.repeatable():
+        flat.buffer.zero_()
+        model(rows, rows).mean().backward()
+    found.append(flat.grad.clone())
+    torch.set_num_threads(torch.get_num_threads())          # as decompress does
+assert torch.equal(*found)
+"""
+
+
+def test_gradients_are_the_same_whether_threads_were_set_before():
+    """In a fresh process MKL counts cores for itself until a number of threads is set."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "MKL_"))}
+    subprocess.run([sys.executable, "-c", GRADIENTS], cwd=ROOT, env=env, check=True)
+
+
 def test_settings_of_torch_are_restored():
     """Deterministic algorithms are on while coding, and no longer."""
     with pytest.raises(ValueError), use_artifact.repeatable():
