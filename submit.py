@@ -683,6 +683,9 @@ def draw_losses(axes, logs: list[Log]):
             raise Undecided(f"{log.path.name} has too few step lines to draw")
         axes.plot(times, losses, markevery=0.1, label=f"seed {log.settings.text('seed')}")
         shown += losses[1 + len(losses) // 20:]         # the first fall is far above the rest
+        held_out = [(e.number("elapsed_s"), e.number("loss")) for e in log.all("held_out")]
+        if held_out:
+            axes.plot(*zip(*held_out), linestyle=":", marker="x", label="... held out")
     axes.set_ylim(min(shown) - 0.05, max(shown) + 0.05)
     for e in logs[0].all("loop_on"):
         axes.axvline(e.number("elapsed_s"), color="black", linestyle="--")

@@ -113,8 +113,6 @@ def find_problems(c):
             (c.ttt_rank and c.extras_1060, f"TTT_RANK={c.ttt_rank}: must be 0 with EXTRAS_1060"),
             (c.stage_list != [s for s in ("train", "quantize", "eval") if s in c.stage_list],
              f"STAGES={c.stages}: must name some of train,quantize,eval in this order"),
-            (c.loader not in ("coprime", "shuffled"),
-             f"LOADER={c.loader}: must be one of coprime, shuffled"),
             (c.flash_attn not in ("auto", "0", "4"),
              f"FLASH_ATTN={c.flash_attn}: must be one of auto, 0, 4"),
             (not c.corpus, f"DATASET={c.dataset}: must begin with lower-case letters"),
@@ -148,7 +146,6 @@ class Config:
     resume: bool = False  # continue training from this run's checkpoint
     data_dir: str = "data"  # folder of datasets/<dataset>/ and tokenizers/
     dataset: str = "fineweb10B_sp8192"  # folder of shards; its leading letters begin shard names
-    loader: str = "coprime"  # order of training windows: coprime strides or shuffled
     vocab_size: int = setting(8192, low=4, below=65537)  # tokenizer pieces; shards hold uint16
     seq_len: int = 2048  # context length in training and scoring
     num_layers: int = 11  # distinct transformer layers
@@ -178,6 +175,7 @@ class Config:
     micro_batch_seqs: int = 64  # maximum sequences per forward pass; memory, not results
     warmup_steps: int = setting(20, low=0)  # untimed steps that compile both graphs, then undone
     train_log_every: int = 50  # steps between log lines
+    held_out_every: int = setting(0, low=0)  # steps between losses on held-out windows; 0 = off
     warmdown_frac: float = setting(0.72, low=0, below=1.0001)  # linear LR decay, share of training
     min_lr: float = setting(0.0, low=0)  # final learning rate as a share of the peak
     enable_looping_at: float = setting(0.35, low=0)  # share of training before recurrence starts
@@ -246,11 +244,12 @@ class Config:
 # steps here; its rotary base is the value that its length rule made of 10,000 in every run.  Its
 # original quantizes by another rule (percentile clips, LZMA); here every recipe uses one quantizer.
 GOLF = dict(
-    seq_len=4096, micro_batch_seqs=32, num_heads=4, num_kv_heads=2, smear_channels=12,
-    head_gate_channels=12, two_lanes=3, documents=True, looping_min_steps=2000,
-    warmdown_frac=0.85, min_lr=0.1, lookahead=0.5, matrix_lr=0.02, beta2=0.99,
-    muon_momentum=0.95, muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300,
-    embed_step=0.0, gptq_damping=0.1, ttt_rank=32, ttt_lr=0.0001, ttt_chunk_tokens=48)
+    seq_len=4096, micro_batch_seqs=32, num_heads=4, num_kv_heads=2, rope_dims=32,
+    rope_base=50000.0, smear_channels=12, head_gate_channels=12, two_lanes=3, documents=True,
+    looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, ema_horizon_frac=0.055, lookahead=0.5,
+    beta2=0.99, muon_momentum=0.95, muon_momentum_warmup_frac=0.15,
+    muon_momentum_warmup_steps=300, embed_step=0.0, gptq_damping=0.1, ttt_rank=32,
+    ttt_lr=0.0001, ttt_chunk_tokens=48)
 RECIPES = {
     "pr1876": {},
     "pr1858": dict(ttt_epochs=2),
@@ -314,14 +313,15 @@ def config_from_env(env=os.environ) -> tuple[Config, list[str]]:
     return Config(**{**RECIPES[recipe], **chosen}), list(chosen)
 
 
-def own_source() -> str:
-    """Text of the running file: the readable program or the packed one."""
-    return Path(__file__).read_text(encoding="utf-8")
+def own_source() -> bytes:
+    """The running file: the readable program or the packed one."""
+    return Path(__file__).read_bytes()
 
 
 def print_help():
     """Print every setting with its default and, from the comments of `Config`, its meaning."""
-    meanings = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", own_source(), re.M))
+    source = own_source().decode("latin1")
+    meanings = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))
     print("usage: [SETTING=value ...] python train_gpt.py\n\nSettings and defaults "
           f"(RECIPE: {', '.join(RECIPES)}):")
     for f in fields(Config):
@@ -368,9 +368,8 @@ class Dist:
             torch.distributed.init_process_group(backend, device_id=device)
 
     def local_slice(self, items):
-        """This rank's contiguous slice of `items`; the slices of all ranks partition it."""
-        n = len(items)
-        return items[n * self.rank // self.world:n * (self.rank + 1) // self.world]
+        """This rank's share of `items`, every world-th of them."""
+        return items[self.rank::self.world]
 
     def equal_slice(self, x: Tensor) -> Tensor:
         """This rank's slice of `x` along dimension 0, padded with zeros to one length on all."""
@@ -795,6 +794,9 @@ def bytes_per_target(tokens: np.ndarray, tokenizer) -> np.ndarray:
 #     2 5 1 4 0 3 6        (start + t * stride) mod 7: a permutation, since gcd(3, 7) = 1
 # so neighbours in the corpus are far apart in training, without a shuffled index of all blocks.
 
+HELD_OUT = 64       # windows at the end of the last shard that no batch reads, with HELD_OUT_EVERY
+
+
 def interleave(rng, buckets: list[np.ndarray]) -> np.ndarray:
     """Round-robin merge of shuffled buckets, in a random order of buckets each round."""
     buckets = [rng.permutation(b).tolist() for b in buckets]
@@ -817,13 +819,15 @@ class CoprimePlan:
     def __init__(self, cfg: Config, shards: list[Shard]):
         self.cfg, self.names = cfg, [s.name for s in shards]
         self.sizes = np.array([len(s.tokens) for s in shards])
+        if cfg.held_out_every:
+            self.sizes[-1] -= HELD_OUT * cfg.seq_len
         short = self.sizes <= cfg.seq_len
         if short.any():
+            beside = f", beside {HELD_OUT} held-out ones" if cfg.held_out_every else ""
             raise GolfError(f"{self.names[int(short.argmax())]}: shorter than one sequence of "
-                            f"SEQ_LEN={cfg.seq_len} and its target; lower it")
+                            f"SEQ_LEN={cfg.seq_len} and its target{beside}; lower it")
         self.batch, self.digest = 0, ""
-        self.key = hex_digest(cfg.seed, cfg.loader, cfg.seq_len, cfg.batch_seqs, *self.names,
-                              *self.sizes)                  # all that the order depends on
+        self.key = hex_digest(cfg.seed, cfg.seq_len, cfg.batch_seqs, *self.names, *self.sizes)
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int):
@@ -886,33 +890,11 @@ class CoprimePlan:
     def load_state_dict(self, state: dict):
         """Continue from `state`; raises GolfError if it belongs to another order."""
         if state["key"] != self.key:
-            raise GolfError("the checkpoint read its data in another order; use its SEED, LOADER, "
-                            "SEQ_LEN, TRAIN_BATCH_TOKENS and shards")
+            raise GolfError("the checkpoint read its data in another order; use its SEED, SEQ_LEN, "
+                            "TRAIN_BATCH_TOKENS, HELD_OUT_EVERY and shards")
         self.start_epoch(state["epoch"])
         self.batch, self.digest = state["batch"], state["digest"]
         self.used = np.array(state["used"])
-
-
-class ShuffledPlan(CoprimePlan):
-    """The same blocks in one random order per epoch: the plain loader, for comparison."""
-
-    def start_epoch(self, epoch: int):
-        super().start_epoch(epoch)
-        every = np.concatenate([self.next_blocks(i, n) for i, n in enumerate(self.blocks)])
-        self.order = generator(self.cfg.seed, "shuffle", epoch).permutation(every)  # (blocks, 2)
-        self.used = np.zeros(1, np.int64)                   # position in `order`
-
-    def next(self) -> np.ndarray:
-        parts, need = [], self.cfg.batch_seqs
-        while need:
-            at = int(self.used[0])
-            if at == len(self.order):
-                self.start_epoch(self.epoch + 1)
-                continue
-            parts.append(self.order[at:at + need])
-            self.used += len(parts[-1])
-            need -= len(parts[-1])
-        return self.emit(np.concatenate(parts))
 
 
 class Batches:
@@ -921,7 +903,7 @@ class Batches:
 
     def __init__(self, cfg: Config, shards: list[Shard], dist: Dist, state: dict | None = None):
         self.cfg, self.shards, self.dist = cfg, shards, dist
-        self.plan = {"coprime": CoprimePlan, "shuffled": ShuffledPlan}[cfg.loader](cfg, shards)
+        self.plan = CoprimePlan(cfg, shards)
         if state:
             self.plan.load_state_dict(state)
         self.state = self.plan.state_dict()     # after the last batch that `next` returned
@@ -943,6 +925,12 @@ class Batches:
         tokens, self.state = self.ready.popleft().result()
         self.ready.append(self.pool.submit(self.read))
         return tokens.to(self.dist.device, non_blocking=True).long()
+
+    def held_out(self) -> Tensor:
+        """This rank's share of the held-out windows with their targets, (B, T + 1) int64."""
+        T = self.cfg.seq_len
+        tokens = torch.from_numpy(self.shards[-1].tokens[-HELD_OUT * T - 1:].astype(np.int64))
+        return self.dist.local_slice(tokens.unfold(0, T + 1, T)).to(self.dist.device)
 
     def close(self):
         """Stop reading and let go of the files."""
@@ -1735,17 +1723,19 @@ class Schedule:
 # ------------------------------------------------------------------------------------------------
 # Quantization: round each matrix to a few bits, pushing every column's error into later columns
 # ------------------------------------------------------------------------------------------------
-# Frantar et al., GPTQ, ICLR 2023, with act-order.  Calibration reads training batches: validation
-# text is off limits here.  The seeds' steps are multiples of a row's standard deviation (#1394);
-# ours are c / g for one c and the size g of a row's gradient.  Errors e add about (g e)^2 to the
-# loss, as squared gradients estimate its curvature (Fisher's information): a bit then buys the
-# same in every row.
+# Frantar et al., GPTQ, ICLR 2023, on the trellis of dependent quantization (ISO/IEC 15938-17, VVC):
+# a code stands for whole steps or, by the codes before it in its row, for half a step more, so that
+# rows are points of a denser lattice: .1 bit a weight (bench/RESULTS.md).  Calibration reads
+# training batches: validation text is off limits here.  The seeds' steps are multiples of a row's
+# standard deviation (#1394); ours are c / g for one c and the size g of a row's gradient.  Errors e
+# add about (g e)^2 to the loss, as squared gradients estimate its curvature (Fisher's information):
+# a bit then buys the same in every row.
 # Matrices of one shape are quantized together: the loop over columns is the slow part, and its
 # length does not depend on the number of matrices.
 
 LOOKUP_TABLES = "extras.pair_emb", "extras.value_emb"       # no product reads them: no Hessian
 GPTQ_BLOCK = 128            # columns between two large updates; changes speed, not results
-MOST_CODE = 127             # codes are int8
+MOST_CODE = 126             # codes are int8, and an odd one may be one larger
 GRADIENT_BATCHES = 8        # batches whose gradients say how harmful errors are
 PRIOR_POWER = 0.25          # added to a row's squared gradient, over the mean of its matrix's
 STEPS_PER_OCTAVE = 8        # steps are stored as logarithms, in one byte
@@ -1811,6 +1801,7 @@ def inverse_factor(H: Tensor, damping: float, name: str, log: Log) -> Tensor:
     # U^T U = J L^-T L^-1 J = H^-1.  No inverse of H is ever formed.
     eye = torch.eye(H.size(1), device=H.device)
     mean = H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]                        # (N, 1, 1)
+    mean = mean.masked_fill(mean == 0, 1.0)                 # inputs that were always zero
     if not mean.isfinite().all():
         raise GolfError(f"{name}: its inputs in calibration are too large; training has diverged, "
                         "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
@@ -1823,39 +1814,51 @@ def inverse_factor(H: Tensor, damping: float, name: str, log: Log) -> Tensor:
                     f"{H.size(1)}, damping {strength:g}); raise GPTQ_DAMPING (now {damping:g})")
 
 
+def half_steps(codes: Tensor) -> Tensor:
+    """0 or 1/2, float32, that the trellis adds to each of the codes (..., I) int8 of a row.
+
+    It is 1/2 where an odd number of the codes before, at distances 1, 3, 5, ..., are odd.
+    """
+    I = codes.size(-1)
+    odd = F.pad(codes & 1, (1, (I + 1) % 2)).unflatten(-1, (-1, 2))     # [t]: of code t - 1
+    return (odd.cumsum(-2).flatten(-2)[..., :I] & 1) * 0.5
+
+
 def gptq(W: Tensor, U: Tensor, step: Tensor) -> Tensor:
     """Codes (N, O, I) int8 of W (N, O, I): each column's rounding error goes to later columns.
 
+    Of all codes whose `half_steps` fit, those with the least sum of squared errors, by Viterbi's
+    algorithm over the state 2 h + h' of a row: h is its half step now, h' the one before.
     Args: U (N, I, I) from `inverse_factor`; step (N, O) of a row's codes.
     """
     W, Q, I = W.clone(), torch.empty_like(W, dtype=torch.int8), W.size(2)
+    state, way = torch.arange(4, device=W.device), torch.arange(2, device=W.device)[:, None]
+    half = (state >> 1)[:, None, None] / 2                                          # (4, 1, 1)
+    # Two ways lead to each state: from the state `source` by an even (0) or odd (1) code.
+    source, parity = 2 * (state & 1) + way, (state >> 1) ^ way                      # (2, 4)
+    row = torch.arange(W[..., 0].numel(), device=W.device).view(W.shape[:2])        # (N, O)
+    cost = W.new_zeros(4, *W.shape[:2])                     # of the best way to each state so far
+    cost[1:] = math.inf
     for lo in range(0, I, GPTQ_BLOCK):
         hi = min(lo + GPTQ_BLOCK, I)
-        errors = torch.zeros_like(W[..., lo:hi])                                    # (N, O, b)
-        for j in range(lo, hi):
-            q = (W[..., j] / step).round().clamp(-MOST_CODE, MOST_CODE)             # (N, O)
-            e = (W[..., j] - q * step) / U[:, j, j, None]
-            W[..., j:hi] -= e[..., None] * U[:, None, j, j:hi]
-            errors[..., j - lo], Q[..., j] = e, q
-        W[..., hi:] -= errors @ U[:, lo:hi, hi:]        # later blocks: one product
+        block, u = W[..., lo:hi], U[:, lo:hi, lo:hi]
+        errors = block.new_zeros(4, *block.shape)           # on the best way to each state
+        for j in range(hi - lo):
+            x = block[..., j] - (errors[..., :j] @ u[:, :j, j, None])[..., 0]       # (4, N, O)
+            y = (x / step - half).clamp(-MOST_CODE, MOST_CODE)
+            code = torch.stack([2 * (y / 2).round(), 2 * ((y - 1) / 2).round() + 1])
+            e = (x - (code + half) * step) / u[:, j, j, None]                       # (2, 4, N, O)
+            costs, e = (cost + e.square())[parity, source], e[parity, source]
+            cost, best = costs.min(0)                                               # (4, N, O)
+            origin = source[best, state[:, None, None]]
+            errors = errors.flatten(0, 2)[origin * row.numel() + row]
+            errors[..., j] = e.gather(0, best[None])[0]
+        best = cost.argmin(0)                               # one way is left after each block
+        cost = torch.where(state[:, None, None] == best, 0.0, math.inf)
+        errors = errors.flatten(0, 2)[best * row.numel() + row]                     # (N, O, b)
+        Q[..., lo:hi] = ((block - errors @ u) / step[..., None]).mul(2).round().div(2).floor()
+        W[..., hi:] -= errors @ U[:, lo:hi, hi:]            # later blocks: one product
     return Q
-
-
-def quantize_stack(W: Tensor, H: Tensor, step: Tensor, invert: Callable) -> Tensor:
-    """Codes (N, O, I) int8 of a stack by GPTQ, columns in order of falling diag(H).
-
-    Args: W (N, O, I) float32; H (N, I, I), a zero diagonal (dead input) is fine; step (N, O);
-        `invert` is `inverse_factor` of this stack.
-    """
-    power = H.diagonal(dim1=1, dim2=2)                                              # (N, I)
-    dead = power == 0
-    W = W.masked_fill(dead[:, None], 0.0)
-    H = H + torch.diag_embed(dead.float())
-    order = power.argsort(dim=1, descending=True, stable=True)                      # (N, I)
-    W = W.gather(2, order[:, None].expand_as(W))
-    H = H.gather(1, order[:, :, None].expand_as(H)).gather(2, order[:, None].expand_as(H))
-    Q = gptq(W, invert(H), step)
-    return Q.gather(2, order.argsort(1)[:, None].expand_as(Q))
 
 
 def wanted_steps(cfg: Config, flat: Flat, weights: Tensor, gradients: dict[str, Tensor],
@@ -1880,6 +1883,11 @@ def wanted_steps(cfg: Config, flat: Flat, weights: Tensor, gradients: dict[str, 
 def stored_steps(logs: Tensor) -> Tensor:
     """Steps float32 of the int8 logarithms that an artifact holds."""
     return torch.exp2(logs.double() / STEPS_PER_OCTAVE - 10).float()
+
+
+def restore(codes: Tensor, logs: Tensor) -> Tensor:
+    """Weights (O, I) float32 of codes (O, I) int8 and the `logs` (O,) int8 of their steps."""
+    return (codes + half_steps(codes)) * stored_steps(logs)[:, None]
 
 
 def round_steps(W: Tensor, step: Tensor, name: str) -> Tensor:
@@ -1911,12 +1919,11 @@ def quantize_model(cfg: Config, flat: Flat, weights: Tensor, hessians: dict[str,
         eye = torch.eye(W.size(2), device=W.device)
         H = torch.stack([eye if n in LOOKUP_TABLES else hessians[n] for n in names])
         logs = round_steps(W, torch.stack([steps[n] for n in names]), names[0])
-        invert = partial(inverse_factor, damping=cfg.gptq_damping, name=names[0], log=log)
-        Q = quantize_stack(W, H, stored_steps(logs), invert)
+        Q = gptq(W, inverse_factor(H, cfg.gptq_damping, names[0], log), stored_steps(logs))
         for name, w, q, e in zip(names, W, Q, logs):
             tensors[name], tensors[f"{name}.step"] = q, e
             variance = w.var().clamp_min(torch.finfo(w.dtype).tiny)         # of a matrix of zeros
-            mse = ((w - q * stored_steps(e)[:, None]).square().mean() / variance).item()
+            mse = ((w - restore(q, e)).square().mean() / variance).item()
             rows.append(dict(name=name, mse=mse))
     return tensors, rows
 
@@ -1924,10 +1931,8 @@ def quantize_model(cfg: Config, flat: Flat, weights: Tensor, hessians: dict[str,
 def dequantize(tensors: dict[str, Tensor], flat: Flat):
     """Write the weights that an artifact's tensors stand for into the model behind `flat`."""
     for name, w in flat.named(flat.data).items():
-        value = tensors[name].to(w.device).float()
-        if f"{name}.step" in tensors:
-            value *= stored_steps(tensors[f"{name}.step"].to(w.device))[:, None]
-        w.copy_(value)
+        value, logs = (tensors.get(key) for key in (name, f"{name}.step"))
+        w.copy_(value if logs is None else restore(value.to(w.device), logs.to(w.device)))
 
 
 FIRST_STEP, LEAST_STEP, MOST_TRIES = 0.45, 0.1, 6           # row std, row std, attempts
@@ -2570,6 +2575,7 @@ def warm_up(run: Run) -> tuple[dict[bool, float], float]:
     initial, state, seconds = flat.data.clone(), TrainState(run, cfg.iterations, recurrent), {}
     shape = cfg.batch_seqs // dist.world, cfg.seq_len + 1
     rows = torch.randint(cfg.vocab_size, shape, device=dist.device)
+    rows[torch.rand(shape, device=dist.device) < 1e-3] = BOS    # documents as long as web text's
     for looped in (False, True)[:1 + recurrent]:
         started, graph, state.looped = time.perf_counter(), "looped" if looped else "plain", looped
         step = partial(state.train_step, rows, 0.0)
@@ -2643,6 +2649,18 @@ class StopRequest:
         signal.signal(number, self.before[number])
 
 
+@torch.no_grad()
+def held_out_loss(run: Run, rows: Tensor, looped: bool) -> float:
+    """Nats per target of held-out windows, of which `rows` (B, T + 1) are this rank's."""
+    sums = rows.new_zeros(2, dtype=torch.float64)           # of nats, of targets
+    for part in rows.split(run.cfg.micro_batch_seqs):
+        nll = run.forward(part[:, :-1], part[:, 1:], looped)
+        sums[0] += nll.double().sum()
+        sums[1] += nll.numel()
+    nats, targets = run.rt.dist.all_reduce_(sums).tolist()
+    return nats / targets
+
+
 READ_SECONDS = 1.0      # between two reads of the device; each drains its queue once
 
 
@@ -2672,8 +2690,9 @@ def train(run: Run, state: TrainState, batches: Batches, budget: float) -> str:
             state.train_step(batches.next(), progress)
             now += step_seconds
             done, log_due = state.step >= cfg.iterations, state.step % cfg.train_log_every == 0
+            held_out_due = cfg.held_out_every and state.step % cfg.held_out_every == 0
             late = now - read[1] >= READ_SECONDS or (budget and now >= budget)
-            if not (done or log_due or late or state.step == first):
+            if not (done or log_due or held_out_due or late or state.step == first):
                 continue
             loss = run.flat.loss.item()                     # waits for the device
             run.model.attention.check()
@@ -2692,6 +2711,10 @@ def train(run: Run, state: TrainState, batches: Batches, budget: float) -> str:
                     lr_scale=schedule.lr_scale(progress), step_ms=1000 * step_s,
                     tokens_per_s=round(cfg.train_batch_tokens / step_s), elapsed_s=now)
                 logged = read
+            if held_out_due:
+                loss = held_out_loss(run, batches.held_out(), state.looped)
+                log("held_out", n=state.step, loss=loss, elapsed_s=now)
+                clock.start(now)                            # that was off the clock
             bar.update(max(0.0, 100 * min(1.0, progress) - bar.n))
             bar.set_postfix_str(f"step {state.step}, loss {loss:.3f}", refresh=False)
             if cfg.checkpoint_seconds and now - saved >= cfg.checkpoint_seconds:
@@ -2808,8 +2831,6 @@ def load_pairs(at, R: tl.constexpr, inside):
     a = tl.load(at, inside, 0.0)
     b = tl.load(at + R, inside, 0.0)
     return a.to(tl.float32), b.to(tl.float32)
-
-
 
 
 @jit
@@ -2995,7 +3016,7 @@ def fit_artifact(run: Run, state: TrainState, hessians: dict, gradients: dict,
     step, limit = cfg.code_step or FIRST_STEP, cfg.target_bytes
     moving = flat.groups["muon"] + ([] if cfg.embed_step else flat.groups["embed"])
     weights = sum(math.prod(flat.shapes[n]) for n in moving)
-    code = len(own_source().encode())
+    code = len(own_source())
     meta = dict(model=cfg.group("model"), scoring=cfg.group("scoring"), dataset=cfg.dataset,
                 steps=state.step, looped=state.looped,
                 tokenizer=identity.sha256.get(cfg.tokenizer_path.name, ""))
@@ -3061,7 +3082,7 @@ def quantize_stage(run: Run, state: TrainState, count: int, identity: Identity):
 
 def open_artifact(cfg: Config, log: Log) -> tuple[Container, dict]:
     """This run's artifact and its sizes; logs them with the hash that freezes it."""
-    path, code = cfg.artifact_path, len(own_source().encode())
+    path, code = cfg.artifact_path, len(own_source())
     container, data = open_container(path, "artifact"), path.read_bytes()
     check_made_for(container, cfg)
     log("artifact", file=path, model_bytes=len(data), code_bytes=code,
@@ -3148,7 +3169,7 @@ def eval_stage(run: Run, weights: dict[str, Tensor], identity: Identity) -> dict
 
 def log_run(cfg: Config, dist: Dist, log: Log, chosen: list[str]):
     """Log versions, machine, the exact code, and every setting, overrides with a `*`."""
-    source = own_source().encode()
+    source = own_source()
     cpu = f"CPU, {torch.get_num_threads()} threads"
     log("run", program=Path(__file__).name, python=platform.python_version(),
         torch=torch.__version__, device=torch.cuda.get_device_name() if dist.on_cuda else cpu,

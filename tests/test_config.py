@@ -20,7 +20,7 @@ DEFAULTS = asdict(Config())
 OTHER = dict(
     flash_attn="0",
     recipe="demo", run_id="third-try_2.1", out_dir="elsewhere", stages="quantize,eval",
-    data_dir="corpora", dataset="notes_sp8192", loader="shuffled", seq_len=1024, model_dim=1024,
+    data_dir="corpora", dataset="notes_sp8192", seq_len=1024, model_dim=1024,
     num_heads=16, num_kv_heads=2, rope_dims=32, num_loops=1, loop_start=2, loop_end=6,
     train_batch_tokens=393216, warmup_steps=2, eval_stride=32,
     ttt_chunk_tokens=65536, warmdown_frac=1.0)
@@ -39,7 +39,6 @@ MALFORMED = [
 
 # Settings of which one contradicts another or a range of its own, and how the message begins.
 CONTRADICTIONS = [
-    (dict(loader="random"), "LOADER=random: must be one of coprime, shuffled"),
     (dict(stages="eval,train"), "STAGES=eval,train"),
     (dict(stages="train,train"), "STAGES=train,train"),
     (dict(stages="train,score"), "STAGES=train,score"),

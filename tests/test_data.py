@@ -24,7 +24,6 @@ import prepare_data
 import train_gpt
 from train_gpt import BOS, Clock, ConfigError, Dist, GolfError, Runtime, Shard, check_data
 
-LOADERS = ("coprime", "shuffled")
 SIZES = (203, 90, 57, 41)       # tokens of the shards of most plans below
 
 
@@ -76,15 +75,10 @@ def blank_shards(sizes) -> list[Shard]:
 @pytest.fixture
 def make_plan(make_cfg):
     """A function that returns a plan of 8-token windows in batches of `seqs` over blank shards."""
-    def make(loader="coprime", seqs=5, sizes=SIZES, **overrides):
-        cfg = make_cfg(seq_len=8, train_batch_tokens=8 * seqs, loader=loader, **overrides)
-        return plan_class(loader)(cfg, blank_shards(sizes))
+    def make(seqs=5, sizes=SIZES, **overrides):
+        cfg = make_cfg(seq_len=8, train_batch_tokens=8 * seqs, **overrides)
+        return train_gpt.CoprimePlan(cfg, blank_shards(sizes))
     return make
-
-
-def plan_class(loader: str):
-    """The class behind a value of LOADER."""
-    return dict(coprime=train_gpt.CoprimePlan, shuffled=train_gpt.ShuffledPlan)[loader]
 
 
 def rows_of(windows: np.ndarray) -> list[tuple[int, int]]:
@@ -190,10 +184,11 @@ def test_ranks_compare_digests(mine, theirs):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_slices_partition_the_items(world):
-    """Every item belongs to one rank, in order, and no rank has two more than another."""
+    """Every item belongs to one rank, neighbours to different ones, and none has two more."""
     for n in range(20):
         slices = [ranked(rank, world).local_slice(list(range(n))) for rank in range(world)]
-        assert sum(slices, []) == list(range(n))
+        assert sorted(sum(slices, [])) == list(range(n))
+        assert world == 1 or all(b - a == world for s in slices for a, b in zip(s, s[1:]))
         assert max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
@@ -656,17 +651,16 @@ def test_walks_differ_between_shards_epochs_and_seeds(make_plan):
     assert len(set(walks + plan.walks)) == 9
 
 
-@pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("seqs", [1, 5, 46, 200])
-def test_each_block_is_used_once_an_epoch(make_plan, loader, seqs):
+def test_each_block_is_used_once_an_epoch(make_plan, seqs):
     """After any batch: all blocks of the epochs before, and of the present one some, once each."""
-    plan, seen, whole, epoch = make_plan(loader, seqs), Counter(), Counter(), 0
+    plan, seen, whole, epoch = make_plan(seqs), Counter(), Counter(), 0
     present = blocks_of_epoch(plan)
     for _ in range(-(-200 // seqs)):
         seen.update(rows_of(plan.next()))
         while epoch < plan.epoch:                           # also several epochs in one batch
             whole, epoch = whole + present, epoch + 1
-            reference = make_plan(loader, seqs)
+            reference = make_plan(seqs)
             reference.start_epoch(epoch)
             present = blocks_of_epoch(reference)
         assert not whole - seen, "a block of a finished epoch was left out"
@@ -674,10 +668,9 @@ def test_each_block_is_used_once_an_epoch(make_plan, loader, seqs):
     assert epoch >= 3 and sum(present.values()) < sum(SIZES) / 8
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_epochs_differ_in_more_than_their_phase(make_plan, loader):
+def test_epochs_differ_in_more_than_their_phase(make_plan):
     """The same blocks come in another order in the next epoch."""
-    plan = make_plan(loader, seqs=30, sizes=[9] * 30)       # one block a shard, one phase
+    plan = make_plan(seqs=30, sizes=[9] * 30)       # one block a shard, one phase
     first, second = (stream(plan, 1) for _ in range(2))
     assert sorted(first) == sorted(second) and first != second
 
@@ -689,69 +682,69 @@ def test_batches_mix_different_shards(make_plan):
     assert all(len(shards) == 8 for shards in mixed) and len(set.union(*mixed)) > 16
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_windows_stay_within_their_shards(make_plan, loader):
+def test_windows_stay_within_their_shards(make_plan):
     """Inputs and the target after them lie inside the shard, also inside the shortest possible."""
     sizes = (9, 10, 16, 17, 100)
-    for shard, offset in stream(make_plan(loader, seqs=16, sizes=sizes), 20):
+    for shard, offset in stream(make_plan(seqs=16, sizes=sizes), 20):
         assert 0 <= offset and offset + 9 <= sizes[shard]
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_order_depends_on_the_seed_and_the_files(make_plan, loader):
+def test_order_depends_on_the_seed_and_the_files(make_plan):
     """Same seed and files, same order; another SEED, size or name, another order."""
-    first = stream(make_plan(loader, seqs=20), 2)
-    assert stream(make_plan(loader, seqs=20), 2) == first
-    assert stream(make_plan(loader, seqs=20, seed=2), 2) != first
-    assert stream(make_plan(loader, seqs=20, sizes=(211, *SIZES[1:])), 2) != first
+    first = stream(make_plan(seqs=20), 2)
+    assert stream(make_plan(seqs=20), 2) == first
+    assert stream(make_plan(seqs=20, seed=2), 2) != first
+    assert stream(make_plan(seqs=20, sizes=(211, *SIZES[1:])), 2) != first
     renamed = [s._replace(name="x" + s.name) for s in blank_shards(SIZES)]
-    plan = make_plan(loader, seqs=20)
-    assert stream(plan_class(loader)(plan.cfg, renamed), 2) != first
+    plan = make_plan(seqs=20)
+    assert stream(train_gpt.CoprimePlan(plan.cfg, renamed), 2) != first
 
 
-def test_loaders_differ(make_plan):
-    """LOADER=shuffled is another order of the same blocks."""
-    total = sum(make_plan().blocks)
-    orders = [stream(make_plan(loader, seqs=int(total)), 1) for loader in LOADERS]
-    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+def test_no_batch_reads_held_out_windows(make_plan):
+    """With HELD_OUT_EVERY the last 64 windows of the last shard stay unread, and no others."""
+    sizes = (90, 8 * train_gpt.HELD_OUT + 203)
+    plain, plan = make_plan(seqs=10, sizes=sizes), make_plan(seqs=10, sizes=sizes, held_out_every=1)
+    ends = {(shard, offset + 8) for shard, offset in stream(plan, 40)}
+    assert plan.epoch >= 3 and 195 < max(end for shard, end in ends if shard) <= 202
+    assert 80 < max(end for shard, end in ends if not shard) <= 89
+    assert max(offset + 8 for _, offset in stream(plain, 90)) > 600
+    with pytest.raises(GolfError, match="SEQ_LEN=8 and its target, beside 64 held-out ones"):
+        make_plan(sizes=(90, 8 * train_gpt.HELD_OUT + 8), held_out_every=1)
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_shards_shorter_than_a_window_raise(make_plan, loader):
+def test_shards_shorter_than_a_window_raise(make_plan):
     """A shard without room for one sequence and its target raises with its name."""
     with pytest.raises(GolfError, match="^toy_train_000001.bin: shorter .*SEQ_LEN=8"):
-        make_plan(loader, sizes=(100, 8, 9))
+        make_plan(sizes=(100, 8, 9))
 
 
-@pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("seqs", [5, 46])
-def test_a_plan_continues_from_its_state(make_plan, loader, seqs):
+def test_a_plan_continues_from_its_state(make_plan, seqs):
     """From any batch on, a plan that loads the state continues as if it had never stopped."""
-    plan, batches = make_plan(loader, seqs), []
+    plan, batches = make_plan(seqs), []
     states = [json.dumps(plan.state_dict())]
     for _ in range(24):                                     # more than one epoch
         batches.append(rows_of(plan.next()))
         states.append(json.dumps(plan.state_dict()))
     for k in range(22):
-        copy = make_plan(loader, seqs)
+        copy = make_plan(seqs)
         copy.load_state_dict(json.loads(states[k]))
         assert stream(copy, 2) == batches[k] + batches[k + 1]
         assert json.dumps(copy.state_dict()) == states[k + 2]
     assert plan.epoch >= 2
 
 
-@pytest.mark.parametrize("other", [dict(seed=2), dict(loader="shuffled"), dict(seqs=6),
+@pytest.mark.parametrize("other", [dict(seed=2), dict(seqs=6),
                                    dict(sizes=(204, *SIZES[1:]))], ids=str)
 def test_a_state_of_another_order_raises(make_plan, other):
-    """A plan does not continue from the state of another seed, loader, batch or set of files."""
-    with pytest.raises(GolfError, match="read its data in another order; use its SEED, LOADER"):
+    """A plan does not continue from the state of another seed, batch or set of files."""
+    with pytest.raises(GolfError, match="read its data in another order; use its SEED, SEQ_LEN"):
         make_plan().load_state_dict(make_plan(**other).state_dict())
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_digest_tells_orders_apart(make_plan, loader):
+def test_digest_tells_orders_apart(make_plan):
     """Equal orders have equal digests after each batch; no other two digests are equal."""
-    plan, same, other = make_plan(loader), make_plan(loader), make_plan(loader, seed=2)
+    plan, same, other = make_plan(), make_plan(), make_plan(seed=2)
     digests = []
     for _ in range(5):
         for p in (plan, same, other):
@@ -761,13 +754,12 @@ def test_digest_tells_orders_apart(make_plan, loader):
     assert len(set(digests)) == 10
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_digest_remembers_every_batch_and_its_order(make_plan, loader):
+def test_digest_remembers_every_batch_and_its_order(make_plan):
     """Equal last batches do not make equal digests, which have digits enough to be compared."""
     a, b, c = (np.array([[0, offset]]) for offset in (0, 8, 16))
     digests = set()
     for batches in ((a, b), (b, a), (c, b), (b,), (a, a)):
-        plan = make_plan(loader)
+        plan = make_plan()
         for windows in batches:
             plan.emit(windows)
         digests.add(plan.digest)
@@ -836,36 +828,47 @@ def test_shards_are_interleaved():
 # Batches: reading
 # ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_batches_hold_the_tokens_of_the_plan(make_cfg, loader):
+def test_batches_hold_the_tokens_of_the_plan(make_cfg):
     """Row r of a batch is the window r of the plan: seq_len inputs and one target more."""
-    cfg = make_cfg(loader=loader)
+    cfg = make_cfg()
     shards = open_shards(cfg)
-    plan = plan_class(loader)(cfg, shards)
+    plan = train_gpt.CoprimePlan(cfg, shards)
     for rows in take_batches(cfg, ranked(0, 1), 5)[0]:
         assert rows.dtype == torch.int64 and rows.shape == (8, 33)
         for row, (i, offset) in zip(rows, plan.next()):
             assert row.tolist() == shards[i].tokens[offset:offset + 33].tolist()
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+def test_ranks_share_the_held_out_windows(make_cfg):
+    """Side by side they are the end of the last shard, a target beside each token."""
+    cfg = make_cfg(held_out_every=1, seq_len=8, train_batch_tokens=64)
+    shards = blank_shards((90, 8 * train_gpt.HELD_OUT + 203))
+    shards[1].tokens[:] = np.arange(len(shards[1].tokens)) % cfg.vocab_size
+    rows = torch.zeros(train_gpt.HELD_OUT, 9, dtype=torch.int64)
+    for rank in range(3):
+        batches = train_gpt.Batches(cfg, shards, ranked(rank, 3))
+        rows[rank::3] = batches.held_out()
+        batches.close()
+    assert rows[:, :-1].flatten().tolist() == shards[1].tokens[-513:-1].tolist()
+    assert rows[:, 1:].flatten().tolist() == shards[1].tokens[-512:].tolist()
+
+
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_one_global_batch(make_cfg, loader, world):
+def test_ranks_share_one_global_batch(make_cfg, world):
     """At any world size the ranks' parts together are the batch of one process, row for row."""
-    cfg = make_cfg(loader=loader)
+    cfg = make_cfg()
     alone, _ = take_batches(cfg, ranked(0, 1), 6)
     parts = [take_batches(cfg, ranked(rank, world), 6)[0] for rank in range(world)]
     for whole, *slices in zip(alone, *parts):
         assert torch.equal(torch.stack(slices, 1).flatten(0, 1), whole)
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_order_does_not_depend_on_the_folder(make_cfg, toy_data, tmp_path, monkeypatch, loader):
+def test_order_does_not_depend_on_the_folder(make_cfg, toy_data, tmp_path, monkeypatch):
     """A copy elsewhere, a relative path or another micro-batch reads the same; another SEED not."""
     shutil.copytree(toy_data, tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     here, other, small, seed = (
-        torch.stack(take_batches(make_cfg(loader=loader, **o), ranked(0, 1), 4)[0])
+        torch.stack(take_batches(make_cfg(**o), ranked(0, 1), 4)[0])
         for o in ({}, dict(data_dir="moved"), dict(micro_batch_seqs=1), dict(seed=2)))
     assert torch.equal(here, other) and torch.equal(here, small)
     assert not torch.equal(here, seed)
@@ -879,10 +882,9 @@ def wait_until(claim, seconds: float = 10.0):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_reading_continues_after_the_batch_of_the_state(make_cfg, loader):
+def test_reading_continues_after_the_batch_of_the_state(make_cfg):
     """The state is that of the last batch handed out, not of those read ahead."""
-    cfg = make_cfg(loader=loader)
+    cfg = make_cfg()
     whole, _ = take_batches(cfg, ranked(0, 1), 6)
     batches = train_gpt.Batches(cfg, open_shards(cfg), ranked(0, 1))
     for count in range(3):

@@ -492,10 +492,10 @@ def test_a_shard_that_changes_in_training(nursery, toy_settings, tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings, named", [
-    (dict(SEED="8"), "SEED"), (dict(LOADER="shuffled"), "LOADER"),
+    (dict(SEED="8"), "SEED"), (dict(HELD_OUT_EVERY="9"), "HELD_OUT_EVERY"),
     (dict(TRAIN_BATCH_TOKENS="128"), "TRAIN_BATCH_TOKENS"),
     (dict(SEQ_LEN="16", ROPE_BASE="10000.0"), "SEQ_LEN"), (dict(NUM_HEADS="4"), "NUM_HEADS"),
-    (dict(), "shards")], ids=["seed", "loader", "batch", "length", "model", "data"])
+    (dict(), "shards")], ids=["seed", "held out", "batch", "length", "model", "data"])
 def test_no_resume_under_other_settings(earlier, toy_settings, tmp_path, monkeypatch, capsys,
                                         settings, named):
     """What decides the order of the data must be as it was, or the run is no continuation."""
@@ -524,7 +524,7 @@ def test_resume_at_the_end_changes_nothing(earlier, toy_settings, tmp_path, monk
 @pytest.mark.parametrize("settings", [
     dict(NUM_LAYERS="1", NUM_LOOPS="0", PARALLEL_RESIDUAL_START="0"), dict(NUM_LAYERS="2"),
     dict(NUM_LOOPS="0", SKIP_GATES_ENABLED="0", XSA_LAST_N="0", ROPE_DIMS="0"),
-    dict(GRAD_CLIP_NORM="0", EMA_HORIZON_FRAC="0", WARMDOWN_FRAC="0", LOADER="shuffled")])
+    dict(GRAD_CLIP_NORM="0", EMA_HORIZON_FRAC="0", WARMDOWN_FRAC="0", HELD_OUT_EVERY="2")])
 def test_any_allowed_model_runs_to_the_end(toy_env, tmp_path, monkeypatch, capsys, settings):
     """The smallest settings that are accepted train, quantize, load and score."""
     code, _, err = run_main(monkeypatch, capsys, {**toy_env, **settings})

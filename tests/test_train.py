@@ -190,7 +190,8 @@ def test_packed_program_gives_the_same_losses(long_run, run_program, read_log, t
 @pytest.mark.parametrize("recipe", PARTS)
 def test_each_recipe_runs_end_to_end(recipe, toy_env, run_here):
     """Each system trains, quantizes and scores, and its log shows which one it is."""
-    own = {name.upper() for name in train_gpt.RECIPES[recipe] if name != "seq_len"}
+    shared = "seq_len", "rope_dims"                         # with the toy's other recipes
+    own = {name.upper() for name in train_gpt.RECIPES[recipe] if name not in shared}
     env = {name: value for name, value in toy_env.items() if name not in own}
     env |= {name.upper(): str(value) for name, value in PARTS[recipe].items()}
     if "TTT_RANK" in own:
