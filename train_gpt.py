@@ -1637,7 +1637,7 @@ class Muon:
         """Move the matrices along the gradient, which is overwritten."""
         cfg, grad = self.cfg, self.flat.part(self.flat.grad, "muon")
         lr, average = cfg.matrix_lr * lr_scale, self.state["momentum"]
-        average.mul_(momentum).add_(grad)
+        torch.add(grad, average, alpha=momentum, out=average)
         grad.add_(average, alpha=momentum)                  # Nesterov
         for (_, G), (_, W) in zip(self.flat.stacks(grad), self.flat.stacks(self.flat.data)):
             U = self.orthogonalize_sharded(G)
@@ -1681,6 +1681,7 @@ def build_optimizers(cfg: Config, flat: Flat, dist: Dist) -> list:
 
 class Schedule:
     """Learning rate, recurrence, momentum and EMA decay as functions of training progress."""
+    TRAIL = 0.03        # horizon of the weight EMA that lookahead moves away from
 
     def __init__(self, cfg: Config, expected_steps: int, recurrent: bool):
         self.cfg, self.expected_steps, self.recurrent = cfg, expected_steps, recurrent
@@ -1703,16 +1704,13 @@ class Schedule:
         return start + p * (cfg.muon_momentum - start)
 
     def lookahead(self, progress: float) -> float:
-        """Mean steps ahead at which the gradient is taken: none early, nor late (it overshoots)."""
-        return self.cfg.lookahead * self.lr_scale(progress) if 0.15 < progress < 0.75 else 0.0
+        """How far ahead the gradient is taken, as a share of the way from the trail to the weights.
 
-    def ema_decay(self) -> float:
-        """Decay of the weight EMA, whose horizon is ema_horizon_frac of the expected steps."""
-        return self.decay(self.cfg.ema_horizon_frac)
-
-    def drift_decay(self) -> float:
-        """Decay of the EMA of steps that lookahead follows, over 3 % of the expected ones."""
-        return self.decay(0.03)
+        A mean of steps of decay d is (1 - d) / d of that way.  None early, nor late (overshoots).
+        """
+        d = self.decay(self.TRAIL)
+        ahead = self.cfg.lookahead * self.lr_scale(progress) if 0.15 < progress < 0.75 else 0.0
+        return ahead * (1 - d) / d if d else 0.0
 
     def decay(self, share: float) -> float:
         """Decay of an average whose horizon is a share of the expected steps."""
@@ -2509,29 +2507,29 @@ class TrainState:
         self.run, self.schedule = run, Schedule(run.cfg, expected_steps, recurrent)
         self.optimizers = build_optimizers(run.cfg, run.flat, run.rt.dist)
         self.ema = run.flat.data.clone()                                            # (P,)
-        self.drift = torch.zeros_like(self.ema)                 # EMA of the steps, for lookahead
+        self.trail = run.flat.data.clone()                      # a shorter EMA, for lookahead
         self.step, self.seconds, self.loader = 0, 0.0, None     # loader: state of the batches
         self.looped = False                                     # recurrence has been switched on
 
     def train_step(self, rows: Tensor, progress: float):
         """One optimiser step on this rank's part rows (B, T + 1) of a global batch."""
         schedule, weights = self.schedule, self.run.flat.data
-        if schedule.cfg.lookahead:                          # EMA-Nesterov, arXiv:2605.25395
-            before = weights.clone()
-            weights.add_(self.drift, alpha=schedule.lookahead(progress))
+        # EMA-Nesterov, arXiv:2605.25395.  The displacement stays in the weights.
+        if ahead := schedule.lookahead(progress):
+            weights.lerp_(self.trail, -ahead)
         forward_backward(self.run, rows, self.looped)
         for optimizer in self.optimizers:
             optimizer.step(schedule.lr_scale(progress), schedule.momentum(self.step))
-        if schedule.cfg.lookahead:                          # the displacement stays in the weights
-            self.drift.lerp_(weights - before, 1 - schedule.drift_decay())
-        self.ema.lerp_(weights, 1 - schedule.ema_decay())
+        if schedule.cfg.lookahead:
+            self.trail.lerp_(weights, 1 - schedule.decay(schedule.TRAIL))
+        self.ema.lerp_(weights, 1 - schedule.decay(schedule.cfg.ema_horizon_frac))
         self.step += 1
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state by name, not copied."""
         moments = {f"optimizer{i}.{name}": t for i, optimizer in enumerate(self.optimizers)
                    for name, t in optimizer.state.items()}
-        return dict(weights=self.run.flat.data, ema=self.ema, drift=self.drift, **moments)
+        return dict(weights=self.run.flat.data, ema=self.ema, trail=self.trail, **moments)
 
     def save(self):
         """Write the checkpoint from which RESUME=1 continues as if nothing had happened."""

@@ -296,7 +296,7 @@ def step_phases(bench: Bench, looped: bool) -> list[Callable]:
     run, state = bench.run, bench.state
     return [lambda: train_gpt.forward_backward(run, bench.rows, looped),
             lambda: [o.step(1.0, run.cfg.muon_momentum) for o in state.optimizers],
-            lambda: state.ema.lerp_(run.flat.data, 1 - state.schedule.ema_decay())]
+            lambda: state.ema.lerp_(run.flat.data, 0.01)]
 
 
 def attention_work(bench: Bench) -> Callable:

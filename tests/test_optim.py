@@ -394,9 +394,8 @@ def test_recurrence_starts_on_time(make_cfg):
     (0.063, 4550, 1 - 1 / 286.65), (0.5, 10, 0.8), (0.0, 100, 0.0), (0.1, 10, 0.0),
     (0.01, 10, 0.0)])
 def test_average_remembers_a_part_of_the_run(make_cfg, frac, steps, decay):
-    """The average's horizon is ema_horizon_frac of the expected steps; below one it has none."""
-    schedule = Schedule(make_cfg(ema_horizon_frac=frac), steps, True)
-    assert schedule.ema_decay() == pytest.approx(decay)
+    """An average's horizon is a share of the expected steps; below one it has none."""
+    assert Schedule(make_cfg(), steps, True).decay(frac) == pytest.approx(decay)
 
 
 @pytest.mark.parametrize("frac", [0.0, 0.4])
@@ -415,7 +414,7 @@ def test_average_of_the_weights_in_closed_form(make_cfg, make_run, frac):
 
 
 def test_lookahead_takes_gradients_ahead_and_keeps_the_displacement(make_cfg, make_run):
-    """Two steps by hand: the drift, a mean of steps, moves the weights before the gradient."""
+    """Three steps by hand: a mean of the steps moves the weights before the gradient."""
     run = make_run(make_cfg(lookahead=0.5))
     state = train_gpt.TrainState(run, 100, False)
     seen, schedule = [], state.schedule
@@ -425,15 +424,16 @@ def test_lookahead_takes_gradients_ahead_and_keeps_the_displacement(make_cfg, ma
     try:
         train_gpt.forward_backward = lambda *args: (seen.append(weights()), true(*args))
         first = weights()
-        state.train_step(rows, 0.1)                         # too early: only the drift is averaged
-        second, drift = weights(), state.drift.clone()
+        state.train_step(rows, 0.1)                         # too early: only the mean is taken
+        second, mean = weights(), (weights() - first) / 3   # over 3 of 100 steps
         torch.testing.assert_close(seen[0], first, atol=0, rtol=0)
-        torch.testing.assert_close(drift, (second - first) / 3, atol=1e-7, rtol=1e-4)
         state.train_step(rows, 0.5)
-        ahead = second + schedule.lookahead(0.5) * drift
-        assert schedule.lookahead(0.5) == 0.5 * schedule.lr_scale(0.5) > 0
-        torch.testing.assert_close(seen[1], ahead, atol=1e-7, rtol=1e-6)
-        moved = drift + (weights() - second - drift) / 3    # the step counts from before it
-        torch.testing.assert_close(state.drift, moved, atol=1e-7, rtol=1e-4)
+        third = weights()
+        torch.testing.assert_close(seen[1], second + 0.5 * schedule.lr_scale(0.5) * mean,
+                                   atol=1e-7, rtol=1e-6)
+        state.train_step(rows, 0.6)
+        mean += (third - second - mean) / 3                 # the step counts from before it
+        torch.testing.assert_close(seen[2], third + 0.5 * schedule.lr_scale(0.6) * mean,
+                                   atol=1e-7, rtol=1e-6)
     finally:
         train_gpt.forward_backward = true
