@@ -199,8 +199,8 @@ def library(name: str):
 
 
 def by_documents(cfg: Config) -> bool:
-    """Whether a text is scored as one document, which teaches an adapter of its own."""
-    return cfg.ttt_enabled and cfg.ttt_rank > 0
+    """Whether a text is scored as one document, which teaches a head of its own."""
+    return cfg.ttt_enabled and cfg.ttt_documents
 
 
 def text_stream(run: Run, bos: int, ids: list[int], count: int) -> train_gpt.Stream:
@@ -208,7 +208,7 @@ def text_stream(run: Run, bos: int, ids: list[int], count: int) -> train_gpt.Str
 
     Targets of text have 1 byte, padding to whole windows 0.  The padding is shorter than seq_len,
     which divides a chunk: it lies within the last chunk, from which nothing is learnt.  A text that
-    teaches an adapter is one document and needs no padding.
+    teaches a head is one document and needs no padding.
     """
     n = count if by_documents(run.cfg) else -(-count // run.cfg.seq_len) * run.cfg.seq_len
     tokens = torch.full((n + 1,), FILLER, dtype=torch.int32)                    # (n + 1,)
@@ -223,7 +223,8 @@ def evaluate_text(run: Run, scorer: train_gpt.Scorer) -> train_gpt.Tally:
     if by_documents(run.cfg):
         run = run._replace(cfg=replace(run.cfg, eval_batch_seqs=1))
         plan = train_gpt.document_plan(scorer.stream.tokens, run.cfg, 1) if n else []
-        learner = scorer.learner = train_gpt.LoRA(run, run.forward.keywords["looped"])
+        learner = scorer.learner = train_gpt.DocumentHeads(
+            run, run.forward.keywords["looped"])
         scorer.forward = learner.forward
         return train_gpt.evaluate(scorer, plan, learner)
     plan = train_gpt.sliding_plan(n, run.cfg) if n else []
@@ -284,13 +285,11 @@ class HiddenStates:
         return self.out[0]
 
 
-def next_logits(run: Run, hidden: Tensor, learner: train_gpt.LoRA | None = None) -> Tensor:
+def next_logits(run: Run, hidden: Tensor, learner=None) -> Tensor:
     """Logits (V,) float32 of the next token given a hidden state (C,); raises GolfError."""
     logits = torch.mv(run.model.tok_emb, hidden.float())
-    if learner:                                             # the head has an adapter, too
-        A, B = (part.view(shape)[0] for part, shape in zip(
-            learner.data.split(learner.sizes)[-2:], learner.shapes[-2:]))
-        logits = logits + learner.SCALE * torch.mv(B, torch.mv(A, hidden.float()))
+    if learner:                                             # the document has a head of its own
+        logits = logits + torch.mv(learner.change[0].T, learner.inputs(hidden.float()))
     logits = train_gpt.soft_cap(logits, run.cfg.logit_softcap)
     if not logits.isfinite().all():
         raise GolfError("the model's predictions are not finite; if test-time training broke the "
@@ -304,7 +303,7 @@ class Coder(train_gpt.Scorer):
     `evaluate` gives it the windows of a chunk, and lets the learner learn from the chunk after it.
     """
     pass_per_target = False     # run a pass for each target, as what follows it is unknown
-    learner = None              # the adapter that a document teaches
+    learner = None              # the document's head
 
     def __init__(self, run: Run, stream: train_gpt.Stream):
         super().__init__(run.cfg, run.rt, run.forward, stream)
@@ -328,8 +327,7 @@ class Coder(train_gpt.Scorer):
             tally.add(nats, torch.ones_like(nats), [window], seq_len)
             if self.learner:                                # the chunk is decoded: go on after it
                 chunk = self.stream.tokens[first:end + 1].long()[None]
-                with torch.enable_grad():
-                    self.learner.forward(*map(self.padded, (chunk[:, :-1], chunk[:, 1:])))
+                self.learner.forward(*map(self.padded, (chunk[:, :-1], chunk[:, 1:])))
 
     def padded(self, tokens: Tensor) -> Tensor:
         """tokens (1, t) with FILLER up to the length of a chunk, (1, T)."""
@@ -338,8 +336,7 @@ class Coder(train_gpt.Scorer):
     def chunk_states(self, tokens: Tensor) -> Tensor:
         """Hidden states (T, C) of a document's next tokens (t,), of which a chunk takes T."""
         tokens = self.padded(tokens[None, :self.cfg.ttt_chunk_tokens].long())
-        learner = self.learner
-        return learner.run_chunk(tokens, tokens, learner.data, learner.memory)[1][0]
+        return self.learner.states(tokens, self.learner.memory)[0][0]
 
     def code_window(self, start: int, targets: range) -> list[float]:
         """Code `targets` of the window that begins at `start`; returns the nats of each."""

@@ -43,7 +43,8 @@ TINY = dict(
 # What makes a recipe's model and scoring its own, at a size for tests.
 SMALL = dict(dataset=f"toy_sp{VOCAB}", vocab_size=VOCAB, mlp_mult=2.0, parallel_residual_start=2,
              two_lanes=1, looping_min_steps=0, train_batch_tokens=256, micro_batch_seqs=4)
-LEFT_OUT = "seq_len", "rope_dims", "ttt_rank", "ttt_lr", "ttt_chunk_tokens"   # tests have their own
+# Tests have their own.
+LEFT_OUT = "seq_len", "rope_dims", "ttt_documents", "ttt_lr", "ttt_chunk_tokens"
 PARTS = {name: {**{k: v for k, v in values.items() if k not in LEFT_OUT},
                 **{k: v for k, v in SMALL.items() if k in values}}
          for name, values in train_gpt.RECIPES.items() if name != "demo"}

@@ -123,7 +123,7 @@ def test_a_variable_sets_its_field_and_no_other():
     assert config_from_env({})[0] == Config(**train_gpt.RECIPES["golf"])
     for name in set(DEFAULTS) - {"recipe"}:
         value = other_value(name)
-        more = dict(ttt_chunk_tokens=48) if name == "ttt_rank" else {}      # of SGD: too long
+        more = dict(ttt_chunk_tokens=48) if name == "ttt_documents" else {}     # of SGD: too long
         env = {key.upper(): str(v) for key, v in {name: value, **more}.items()}
         cfg, chosen = config_from_env({"RECIPE": "pr1876", **env})
         assert value != DEFAULTS[name] and chosen == ["recipe", name, *more]

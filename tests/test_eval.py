@@ -66,7 +66,7 @@ def sizes():
             for n in range(T, 6 * T + 1, T):
                 for size in (T, 2 * T, 3 * T, 100 * T):
                     yield n, SimpleNamespace(
-                        seq_len=T, eval_stride=stride, ttt_chunk_tokens=size, ttt_rank=0)
+                        seq_len=T, eval_stride=stride, ttt_chunk_tokens=size, ttt_documents=False)
 
 
 def test_plans_score_each_target_once():

@@ -194,8 +194,8 @@ def test_each_recipe_runs_end_to_end(recipe, toy_env, run_here):
     own = {name.upper() for name in train_gpt.RECIPES[recipe] if name not in shared}
     env = {name: value for name, value in toy_env.items() if name not in own}
     env |= {name.upper(): str(value) for name, value in PARTS[recipe].items()}
-    if "TTT_RANK" in own:
-        env |= dict(TTT_RANK="4", TTT_CHUNK_TOKENS="8")     # 48 targets are more than a context
+    if "TTT_DOCUMENTS" in own:
+        env |= dict(TTT_DOCUMENTS="1", TTT_LR="1", TTT_CHUNK_TOKENS="8")    # 48 exceed the context
     events = run_here({**env, "RECIPE": recipe})
     config = {k.lstrip("*"): v for event, values in events if event == "config"
               for k, v in values.items()}

@@ -345,15 +345,15 @@ def test_a_long_text_comes_back_and_costs_its_score(fresh, artifact, capsys):
     assert len(found.blob) < 0.99 * len(compress(fresh(ttt_enabled=False), text))
 
 
-ADAPTER = dict(ttt_rank=4, ttt_chunk_tokens=4, ttt_lr=0.01)
+HEADS = dict(ttt_documents=True, ttt_chunk_tokens=4, ttt_lr=1.0)
 
 
 def test_a_document_and_its_adapter_come_back(fresh):
     """Decoder and encoder teach the same adapter; the code is as long as the score, and shorter."""
     text = 20 * b"A jackdaw vexed 47 quick zebus, 9 by 9, as XYZ had it.\n"      # unlike the corpus
-    found = use_artifact.measure(lambda: fresh(**ADAPTER), text)
+    found = use_artifact.measure(lambda: fresh(**HEADS), text)
     assert not found.problem and abs(found.excess) < 0.001 * found.bits + 32
-    frozen = compress(fresh(**{**ADAPTER, "ttt_lr": 0.0}), text)
+    frozen = compress(fresh(**{**HEADS, "ttt_lr": 0.0}), text)
     assert len(found.blob) < 0.99 * len(frozen)
 
 
@@ -361,16 +361,17 @@ def test_a_document_and_its_adapter_come_back(fresh):
 def test_every_place_where_a_document_may_end(fresh, size):
     """Texts that end within, at and after the first chunks, and after the context."""
     text = b"\n" * size
-    assert round_trip(lambda: fresh(**ADAPTER), text) == text
+    assert round_trip(lambda: fresh(**HEADS), text) == text
 
 
 @pytest.mark.parametrize("parts", [r for r in RECIPES if r.id in ("golf", "pr1876")])
 def test_documents_of_recipes_come_back(make_cfg, make_run, pieces, parts):
     """Recurrence, gates, lanes and SmearGate go on from chunk to chunk in the decoder, too."""
-    cfg = make_cfg(**{**parts, **ADAPTER, "ttt_enabled": True})
+    cfg = make_cfg(**{**parts, **HEADS, "ttt_enabled": True})
 
     def untrained() -> Opened:
         run = stirred(make_run(cfg))
+        run.flat.steps["tok_emb"] = torch.ones(cfg.vocab_size)      # as if from an artifact
         return Opened(run._replace(forward=partial(run.forward, looped=True)), pieces, b"untested")
     text = english(200)
     assert round_trip(untrained, text) == text
