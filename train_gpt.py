@@ -268,7 +268,7 @@ RECIPES = {
         train_batch_tokens=1024, warmup_steps=3, warmdown_frac=0.85, min_lr=0.05,
         tied_embed_lr=0.06, matrix_lr=0.02, beta2=0.99, muon_momentum=0.95,
         muon_momentum_warmup_frac=0.15, code_step=0.45, embed_step=0.0,
-        gptq_damping=0.1, ttt_chunk_tokens=4096),
+        gptq_damping=0.1, ttt_documents=True, ttt_lr=0.7, ttt_chunk_tokens=32),
 }
 
 # Names that the challenge's own scripts read, with the setting that does their work here.
