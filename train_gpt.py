@@ -2388,8 +2388,8 @@ class DocumentHeads(Frozen):
 
     The gradient of the logits is all it takes: nothing goes back through the model.  A row's rate
     is in proportion to its quantization step, and so to the inverse root of its squared gradient:
-    rare tokens are not left behind.  On a P1 artifact this gains more than twice as much as the
-    field's low-rank adapters in all layers (LoRA, #1530), in less time (bench/RESULTS.md).
+    rare tokens are not left behind.  On P1 artifacts this gains twice as much as the field's
+    low-rank adapters in all layers (LoRA, #1530), in a third of the time (bench/RESULTS.md).
     """
     learns = True
     BIAS = 0.5      # square of a constant input beside the hidden state, whose length is 1
