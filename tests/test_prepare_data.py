@@ -215,7 +215,8 @@ def test_demo_needs_no_network_runs_once_and_names_the_next_command(demo):
     data_dir, out = demo
     lines = out.splitlines()
     assert lines[-1] == "imported"
-    assert lines[-2] == f"prepare_data: next: DATA_DIR={data_dir} RECIPE=demo python train_gpt.py"
+    assert lines[-3] == f"prepare_data: next: DATA_DIR={data_dir} RECIPE=demo python train_gpt.py"
+    assert lines[-2].endswith("python use_artifact.py sample runs/demo_seed1337/model.golf")
     stamps = {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")}
     for command in ("demo", "check"):
         assert prepare_data.main([command, "--data-dir", str(data_dir)]) == 0
@@ -249,7 +250,7 @@ def test_text_shards_decode_to_the_files(tmp_path, capsys):
     assert splits["val"] | splits["train"] == {prose(i).strip() for i in range(12)}
     out = capsys.readouterr().out
     assert re.search(r"validation text: [\d,]+ bytes; gzip -9 \d\.\d\d, xz -9e \d\.\d\d bits", out)
-    assert out.splitlines()[-1].endswith(
+    assert out.splitlines()[-2].endswith(
         "RECIPE=demo DATASET=notes_sp330 VOCAB_SIZE=330 python train_gpt.py")
 
 
@@ -777,7 +778,7 @@ def check_fetched(hub: LocalHub, tmp_path: Path) -> dict:
 def test_fineweb_copies_once_mends_damage_and_keeps_what_it_has(hub, fetch, tmp_path, capsys):
     """A file is fetched once, a damaged one again; an intact dataset needs no hub."""
     copied, out = fetch(2)
-    assert out.endswith(" DATASET=fineweb10B_sp1024 VOCAB_SIZE=1024 python train_gpt.py\n")
+    assert " DATASET=fineweb10B_sp1024 VOCAB_SIZE=1024 python train_gpt.py\n" in out
     assert len(copied) == 3 and len(check_fetched(hub, tmp_path)["train"]["files"]) == 2
     assert fetch(3)[0] == ["fineweb_train_000002.bin"]
     flip_byte(folder_of(tmp_path) / "fineweb_train_000001.bin")
