@@ -717,7 +717,8 @@ def draw_bytes(axes, logs: list[Log]):
     axes.bar_label(bars, ["  ".join([f"{p[0]:,.0f}", *map("{:.1f}".format, p[1:])]) for p in parts],
                    padding=3)
     axes.margins(0.15, 0.02)
-    axes.set(xticks=[], title=f"{LIMIT_BYTES:,} bytes by part; bits a weight by layer; {console.one_line(log.path.name)}")
+    name = console.one_line(log.path.name)
+    axes.set(xticks=[], title=f"{LIMIT_BYTES:,} bytes by part, bits a weight by layer; {name}")
 
 
 # ------------------------------------------------------------------------------------------------
