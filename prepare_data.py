@@ -879,12 +879,12 @@ def announce(layout: Layout, manifest: dict) -> int:
             f"{part['bytes']:,} bytes in {len(part['files'])} shard(s)")
     say(f"shards in {layout.directory}, tokenizer {layout.tokenizer}")
     recipe, words = ("golf", []) if layout.corpus == "fineweb" else ("demo", ["RECIPE=demo"])
-    if layout.data_dir != Path("data"):
-        words.insert(0, f"DATA_DIR={shlex.quote(str(layout.data_dir))}")
+    home = shlex.quote(str(layout.data_dir))
+    home = "" if home == "data" else f"DATA_DIR={home} "
     if layout.dataset not in ("demo_sp1024", "fineweb10B_sp8192"):      # the recipes' own
         words += [f"DATASET={layout.dataset}", f"VOCAB_SIZE={layout.vocab_size}"]
-    say(f"next: {' '.join([*words, 'python train_gpt.py'])}")
-    say(f"then: python use_artifact.py sample runs/{recipe}_seed1337/model.golf")
+    say(f"next: {home}{' '.join([*words, 'python train_gpt.py'])}")
+    say(f"then: {home}python use_artifact.py sample runs/{recipe}_seed1337/model.golf")
     return 0
 
 

@@ -569,7 +569,7 @@ def comparison_lines(found: dict) -> list[str]:
 # ------------------------------------------------------------------------------------------------
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-ATTRIBUTION = dict(base_system="#1876, #1493", gptq_with_sdclip="#1394",
+ATTRIBUTION = dict(base_system="#1876, #1493", gptq="arXiv:2210.17323", documents="#1530",
                    coprime_loader="#726, #1060", score_first_ttt="#549, #1413")
 COLUMNS = dict(     # figure of a seed, or pass over the validation text: decimals
     val_bpb=5, val_loss=5, ema=5, quantized=5, sliding=5, artifact_bytes=0, steps=0, train_time_s=1,

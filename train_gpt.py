@@ -1679,7 +1679,7 @@ def build_optimizers(cfg: Config, flat: Flat, dist: Dist) -> list:
 
 class Schedule:
     """Learning rate, recurrence, momentum and EMA decay as functions of training progress."""
-    TRAIL = 0.03        # horizon of the weight EMA that lookahead moves away from
+    TRAIL = 0.03        # of expected steps: horizon of the EMA that lookahead moves away from
 
     def __init__(self, cfg: Config, expected_steps: int, recurrent: bool):
         self.cfg, self.expected_steps, self.recurrent = cfg, expected_steps, recurrent
@@ -1704,7 +1704,8 @@ class Schedule:
     def lookahead(self, progress: float) -> float:
         """How far ahead the gradient is taken, as a share of the way from the trail to the weights.
 
-        A mean of steps of decay d is (1 - d) / d of that way.  None early, nor late (overshoots).
+        The mean of the steps, of decay d, is (1 - d) / d of that way.  Zero early, and late, when
+        it overshoots.
         """
         d = self.decay(self.TRAIL)
         ahead = self.cfg.lookahead * self.lr_scale(progress) if 0.15 < progress < 0.75 else 0.0
@@ -1720,8 +1721,8 @@ class Schedule:
 # Quantization: round each matrix to a few bits, pushing every column's error into later columns
 # ------------------------------------------------------------------------------------------------
 # Frantar et al., GPTQ, ICLR 2023, on the trellis of dependent quantization (ISO/IEC 15938-17, VVC):
-# a code stands for whole steps or, by the codes before it in its row, for half a step more, so that
-# rows are points of a denser lattice: .1 bit a weight (bench/RESULTS.md).  Calibration reads
+# a code stands for whole steps or, by the codes before it in its row, for half a step more.  That
+# packs the points of a row's weights better: .1 bit a weight (bench/RESULTS.md).  Calibration reads
 # training batches: validation text is off limits here.  The seeds' steps are multiples of a row's
 # standard deviation (#1394); ours are c / g for one c and the size g of a row's gradient.  Errors e
 # add about (g e)^2 to the loss, as squared gradients estimate its curvature (Fisher's information):
@@ -1730,7 +1731,7 @@ class Schedule:
 # length does not depend on the number of matrices.
 
 LOOKUP_TABLES = "extras.pair_emb", "extras.value_emb"       # no product reads them: no Hessian
-GPTQ_BLOCK = 128            # columns between two large updates; changes speed, not results
+GPTQ_BLOCK = 128            # columns between two large updates, at which one way is left
 MOST_CODE = 126             # codes are int8, and an odd one may be one larger
 GRADIENT_BATCHES = 8        # batches whose gradients say how harmful errors are
 PRIOR_POWER = 0.25          # added to a row's squared gradient, over the mean of its matrix's
@@ -1823,8 +1824,9 @@ def half_steps(codes: Tensor) -> Tensor:
 def gptq(W: Tensor, U: Tensor, step: Tensor) -> Tensor:
     """Codes (N, O, I) int8 of W (N, O, I): each column's rounding error goes to later columns.
 
-    Of all codes whose `half_steps` fit, those with the least sum of squared errors, by Viterbi's
-    algorithm over the state 2 h + h' of a row: h is its half step now, h' the one before.
+    Each of the states 2 h + h' of a row (h: its half step now, h': the one before) keeps the way
+    with the least sum of squared errors, as in Viterbi's algorithm; as errors go along with the
+    ways, no minimum is guaranteed.
     Args: U (N, I, I) from `inverse_factor`; step (N, O) of a row's codes.
     """
     W, Q, I = W.clone(), torch.empty_like(W, dtype=torch.int8), W.size(2)
@@ -1911,7 +1913,7 @@ def quantize_model(cfg: Config, flat: Flat, weights: Tensor, hessians: dict[str,
     for names, W in log.track(stacks, "quantizing", len(stacks)):
         if missing := [n for n in names if n not in hessians and n not in LOOKUP_TABLES]:
             raise GolfError(f"{missing[0]}: calibration saw no input of this matrix")
-        # GPTQ with the identity is plain rounding.
+        # With the identity GPTQ finds the nearest points of the trellis.
         eye = torch.eye(W.size(2), device=W.device)
         H = torch.stack([eye if n in LOOKUP_TABLES else hessians[n] for n in names])
         logs = round_steps(W, torch.stack([steps[n] for n in names]), names[0])
@@ -2348,7 +2350,7 @@ def report_score(name: str, tally: Tally, rt: Runtime, seconds: float) -> tuple[
 # ------------------------------------------------------------------------------------------------
 # Test-time training: learners, which adapt to a chunk after it has been scored
 # ------------------------------------------------------------------------------------------------
-# Score-first adaptation of parameter-golf #549/#1413/#1493.
+# Score-first adaptation of parameter-golf #549/#1413/#1493, by documents of #1530.
 
 class SGD(Frozen):
     """SGD with momentum on all weights, a few steps on each scored chunk."""
@@ -2387,9 +2389,9 @@ class DocumentHeads(Frozen):
     """An output head for each document, the model's at first, which learns from its chunks by SGD.
 
     The gradient of the logits is all it takes: nothing goes back through the model.  A row's rate
-    is in proportion to its quantization step, and so to the inverse root of its squared gradient:
+    is in proportion to its quantization step, without EMBED_STEP nearly to its inverse gradient:
     rare tokens are not left behind.  On P1 artifacts this gains twice as much as the field's
-    low-rank adapters in all layers (LoRA, #1530), in a third of the time (bench/RESULTS.md).
+    low-rank adapters in all layers (LoRA, #1530) did, in a third of the time (bench/RESULTS.md).
     """
     learns = True
     BIAS = 0.5      # square of a constant input beside the hidden state, whose length is 1
@@ -2491,7 +2493,7 @@ def forward_backward(run: Run, rows: Tensor, looped: bool):
 
 
 class TrainState:
-    """All that training changes: weights, their EMA, optimisers, step, clock, loader position."""
+    """All that training changes: weights, two EMAs, optimisers, step, clock, loader position."""
 
     def __init__(self, run: Run, expected_steps: int, recurrent: bool):
         self.run, self.schedule = run, Schedule(run.cfg, expected_steps, recurrent)
@@ -3096,7 +3098,7 @@ def warm_up_scoring(run: Run, forward: Callable):
         tokens = torch.randint(cfg.vocab_size, shape, device=dist.device)
         for tail in {cfg.seq_len, cfg.eval_stride}:
             forward(tokens, tokens[:, -tail:].contiguous(), precise=True)       # as in score_batch
-    if cfg.ttt_enabled and not cfg.ttt_documents:           # which are not compiled
+    if cfg.ttt_enabled and not cfg.ttt_documents:           # documents are not compiled
         shape = (cfg.ttt_chunk_tokens + 1,)
         chunk = torch.randint(cfg.vocab_size, shape, dtype=torch.int32, device=dist.device)
         SGD(run, forward, Stream(chunk, chunk), 2).step(chunk, 0.0)             # moves nothing

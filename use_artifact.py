@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Use a trained artifact: sample text from the model, or compress text with it and get it back.
 
-    python use_artifact.py sample     runs/demo_seed42/model.golf --prompt "The function"
-    python use_artifact.py compress   runs/demo_seed42/model.golf notes.txt
-    python use_artifact.py decompress runs/demo_seed42/model.golf notes.txt.golfz
-    python use_artifact.py verify     runs/demo_seed42/model.golf notes.txt --max-bytes 20000
+    python use_artifact.py sample     runs/demo_seed1337/model.golf --prompt "The function"
+    python use_artifact.py compress   runs/demo_seed1337/model.golf notes.txt
+    python use_artifact.py decompress runs/demo_seed1337/model.golf notes.txt.golfz
+    python use_artifact.py verify     runs/demo_seed1337/model.golf notes.txt --max-bytes 20000
 
 `compress` feeds the predictions behind the score to an arithmetic coder.  The loop is
 train_gpt.evaluate itself, test-time training included, with a scorer that also codes each target.
@@ -424,7 +424,7 @@ def machine(dist: train_gpt.Dist) -> str:
 
 
 def compress(opened: Opened, text: bytes) -> bytes:
-    """The compressed file of `text`; leaves the artifact's weights adapted to it."""
+    """The compressed file of `text`; SGD leaves the artifact's weights adapted."""
     run, coder, ids = opened.run, opened.text, opened.text.encode(text)
     encoder = Encoder(run, text_stream(run, coder.bos, ids, len(ids)))
     encoder.run_through("encode")
@@ -454,7 +454,7 @@ def parse_code(name, blob: bytes) -> Code:
 
 
 def decompress(opened: Opened, code: Code) -> bytes:
-    """The text behind a compressed file; leaves the artifact's weights adapted to it.
+    """The text behind a compressed file; SGD leaves the artifact's weights adapted.
 
     Raises: GolfError if another artifact or tokenizer made the file, or if it decodes to anything
     but the text that was compressed.

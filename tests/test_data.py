@@ -184,7 +184,7 @@ def test_ranks_compare_digests(mine, theirs):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_slices_partition_the_items(world):
-    """Every item belongs to one rank, neighbours to different ones, and none has two more."""
+    """Every item belongs to one rank, neighbours to different ones; numbers are alike."""
     for n in range(20):
         slices = [ranked(rank, world).local_slice(list(range(n))) for rank in range(world)]
         assert sorted(sum(slices, [])) == list(range(n))

@@ -216,7 +216,8 @@ def test_demo_needs_no_network_runs_once_and_names_the_next_command(demo):
     lines = out.splitlines()
     assert lines[-1] == "imported"
     assert lines[-3] == f"prepare_data: next: DATA_DIR={data_dir} RECIPE=demo python train_gpt.py"
-    assert lines[-2].endswith("python use_artifact.py sample runs/demo_seed1337/model.golf")
+    assert lines[-2] == (f"prepare_data: then: DATA_DIR={data_dir} python use_artifact.py sample "
+                         "runs/demo_seed1337/model.golf")
     stamps = {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")}
     for command in ("demo", "check"):
         assert prepare_data.main([command, "--data-dir", str(data_dir)]) == 0

@@ -139,7 +139,7 @@ def test_half_steps_follow_the_parities_of_earlier_codes(I):
 
 @pytest.mark.parametrize("sigmas", [USUAL, LIMITED])
 def test_codes_are_those_of_a_slow_trellis(monkeypatch, sigmas):
-    """Codes are those of optimal brain quantization with a way for each state, for any block."""
+    """Codes are those of optimal brain quantization with a way for each state."""
     W, H = weights(2, 4, 24), gram(2, 24)
     step = sigmas * W.std(2)
     for block in (1, 5, 24, 128):

@@ -92,7 +92,7 @@ def own_log(seed: int, dataset: str = "fineweb10B_sp8192", device: str = "NVIDIA
         f'world={world} code_bytes={len(code)} code_sha256={digest} '
         "started=2026-11-20T10:00:00Z stages=train,quantize,eval",
         f'config group=run recipe=pr1876 *seed={seed} run_id="" stages=train,quantize,eval',
-        f"config group=data data_dir=data dataset={dataset} loader=coprime seq_len=2048",
+        f"config group=data data_dir=data dataset={dataset} rope_dims=16 seq_len=2048",
         "config group=model vocab_size=8192 num_layers=4 model_dim=512 num_loops=2 loop_start=1 "
         "loop_end=2",
         "config group=training max_wallclock_seconds=600 train_batch_tokens=786432 adam_eps=1e-08",
@@ -225,7 +225,7 @@ BAD = [     # rule, change that breaks it, reason
     ("same_code", everywhere("code_sha256=.", "code_sha256=x"), "code_sha256 is .* and x"),
     ("same_code", everywhere(r" code_bytes=\d+", " code_bytes=9"), "code_bytes is 82 and 9"),
     ("same_settings", edit(r"ttt_lr=0\.005", "ttt_lr=0.006", 1), r"ttt_lr is 0\.005 and 0\.006"),
-    ("same_settings", edit(" loader=coprime", "", 2), r"loader is \(not listed\) and coprime"),
+    ("same_settings", edit(" rope_dims=16", "", 2), r"rope_dims is \(not listed\) and 16"),
     ("three_seeds", lambda t: t[:2], "2 of 3 seeds: 42, 314"),
     ("three_seeds", lambda t: [t[0], t[0], t[2]], "twice in 42, 42, 999"),
     ("three_seeds", lambda t: [t[0], t[0].replace("seed=42", "seed=43"), t[2]], "same artifact"),

@@ -348,8 +348,8 @@ def test_a_long_text_comes_back_and_costs_its_score(fresh, artifact, capsys):
 HEADS = dict(ttt_documents=True, ttt_chunk_tokens=4, ttt_lr=1.0)
 
 
-def test_a_document_and_its_adapter_come_back(fresh):
-    """Decoder and encoder teach the same adapter; the code is as long as the score, and shorter."""
+def test_a_document_and_its_head_come_back(fresh):
+    """Decoder and encoder teach the same head; the code is as long as the score, and shorter."""
     text = 20 * b"A jackdaw vexed 47 quick zebus, 9 by 9, as XYZ had it.\n"      # unlike the corpus
     found = use_artifact.measure(lambda: fresh(**HEADS), text)
     assert not found.problem and abs(found.excess) < 0.001 * found.bits + 32
