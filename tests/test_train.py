@@ -263,6 +263,30 @@ def test_the_training_clock_counts_the_seconds_of_the_run_before(make_cfg):
     assert clock.elapsed() == 37.5
 
 
+def test_held_out_losses_are_off_the_clock(make_cfg, make_run, quiet, monkeypatch):
+    """Every second step the loss of the weights on windows that no batch holds, in no time."""
+    run, seconds = make_run(make_cfg(held_out_every=2)), [0.0]
+
+    def taking(function, time):
+        def timed(*args):
+            seconds[0] += time
+            return function(*args)
+        return timed
+    run.rt.clock.now = lambda: seconds[0]
+    for name, time in dict(forward_backward=1.0, held_out_loss=1000.0).items():
+        monkeypatch.setattr(train_gpt, name, taking(getattr(train_gpt, name), time))
+    identity = train_gpt.check_data(run.cfg, run.rt)
+    state, _ = train_gpt.train_stage(run, identity)
+    assert state.seconds == 6.0 and seconds == [3006.0]
+    assert [(e["n"], e["elapsed_s"]) for e in quiet.of("held_out")] == [(2, 2), (4, 4), (6, 6)]
+    T, path = run.cfg.seq_len, train_gpt.find_shards(run.cfg, "train")[-1]
+    tokens = torch.from_numpy(train_gpt.read_shard(path).tokens[-64 * T - 1:].astype(np.int64))
+    inputs, targets = tokens[:-1].view(64, T), tokens[1:].view(64, T)
+    with torch.no_grad():
+        loss = run.model(inputs, targets, state.looped).double().mean().item()
+    assert quiet.of("held_out")[-1]["loss"] == pytest.approx(loss, rel=1e-6)
+
+
 def on_a_terminal(env, folder, struck_at):
     """(exit code, output) of a real run whose stderr is a terminal; Ctrl-C once it shows a text.
 
