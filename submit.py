@@ -681,7 +681,8 @@ def draw_losses(axes, logs: list[Log]):
                          for key in ("elapsed_s", "train_loss"))
         if len(losses) < 2:
             raise Undecided(f"{log.path.name} has too few step lines to draw")
-        axes.plot(times, losses, markevery=0.1, label=f"seed {log.settings.text('seed')}")
+        every = len(losses) // 10 or 1      # as a share of the picture, a loss of 1e14 is too far
+        axes.plot(times, losses, markevery=every, label=f"seed {log.settings.text('seed')}")
         shown += losses[1 + len(losses) // 20:]         # the first fall is far above the rest
         held_out = [(e.number("elapsed_s"), e.number("loss")) for e in log.all("held_out")]
         if held_out:

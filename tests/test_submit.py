@@ -563,6 +563,13 @@ def test_pictures_of_mutated_logs_never_give_a_traceback(logs, data):
     assert run("mutated.txt") in (0, 1, 2)
 
 
+def test_a_loss_far_outside_the_picture_is_drawn(logs):
+    """The first loss sets no limit of the picture, however large it is."""
+    first = re.search(r"train_loss=[\d.]+", own_log(42))[0]
+    Path("mutated.txt").write_text(own_log(42).replace(first, "train_loss=1e14", 1))
+    assert run("mutated.txt") in (0, 1)
+
+
 # ------------------------------------------------------------------------------------------------
 # Significance
 # ------------------------------------------------------------------------------------------------
