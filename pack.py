@@ -267,17 +267,18 @@ def decompress(stream: bytes) -> bytes | None:
             data = decoder.decompress(stream)
             if decoder.eof and not decoder.unused_data:
                 return data
+    return None
 
 
 def unpack_source(packed: bytes) -> str:
     """Return the program inside a packed file, ours or a public entry's; raises Failure."""
-    for data in map(decompress, payloads(packed)):
-        if data is not None:
-            try:
-                return data.decode()
-            except UnicodeDecodeError as e:
-                raise Failure(f"holds no text: {e}") from None
-    raise Failure("holds no whole bzip2 or LZMA stream")
+    found = next((data for data in map(decompress, payloads(packed)) if data is not None), None)
+    if found is None:
+        raise Failure("holds no whole bzip2 or LZMA stream")
+    try:
+        return found.decode()
+    except UnicodeDecodeError as e:
+        raise Failure(f"holds no text: {e}") from None
 
 
 def is_packed(data: bytes) -> bool:

@@ -854,6 +854,7 @@ def make_parser() -> console.Parser:
 
 def add_text_arguments(add: Callable):
     """The arguments of `text`, by the parser's add_argument."""
+    large = 2**31 - 1
     add("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text, one document a file; or "
         "a .jsonl file, one object with a \"text\" key a line")
     add("--name", type=corpus_name, default="text",
@@ -862,11 +863,11 @@ def add_text_arguments(add: Callable):
             ("--vocab-size", number(int, 260, 65_535), "N", "pieces in the tokenizer"),
             ("--val-frac", number(float, 0.001, 0.999), "SHARE",
              "share of the text's bytes to hold out for scoring, in whole documents"),
-            ("--val-docs", number(int, 0, 2**31 - 1), "N",
+            ("--val-docs", number(int, 0, large), "N",
              "number of documents to hold out; 0: --val-frac decides"),
             ("--split-chars", number(int, 0, MAX_DOCUMENT_CHARS), "N",
              "cut texts into documents of at most N characters, best at blank lines; 0: do not"),
-            ("--shard-tokens", number(int, 1000, 2**31 - 1), "N", "ids in a shard")):
+            ("--shard-tokens", number(int, 1000, large), "N", "ids in a shard")):
         default = vars(Settings())[name[2:].replace("-", "_")]
         add(name, type=kind, default=default, metavar=metavar, help=f"{about} (default: {default})")
 
@@ -879,8 +880,7 @@ def announce(layout: Layout, manifest: dict) -> int:
             f"{part['bytes']:,} bytes in {len(part['files'])} shard(s)")
     say(f"shards in {layout.directory}, tokenizer {layout.tokenizer}")
     recipe, words = ("golf", []) if layout.corpus == "fineweb" else ("demo", ["RECIPE=demo"])
-    home = shlex.quote(str(layout.data_dir))
-    home = "" if home == "data" else f"DATA_DIR={home} "
+    home = f"DATA_DIR={shlex.quote(str(layout.data_dir))} " * (layout.data_dir != Path("data"))
     if layout.dataset not in ("demo_sp1024", "fineweb10B_sp8192"):      # the recipes' own
         words += [f"DATASET={layout.dataset}", f"VOCAB_SIZE={layout.vocab_size}"]
     say(f"next: {home}{' '.join([*words, 'python train_gpt.py'])}")

@@ -223,8 +223,7 @@ def evaluate_text(run: Run, scorer: train_gpt.Scorer) -> train_gpt.Tally:
     if by_documents(run.cfg):
         run = run._replace(cfg=replace(run.cfg, eval_batch_seqs=1))
         plan = train_gpt.document_plan(scorer.stream.tokens, run.cfg, 1) if n else []
-        learner = scorer.learner = train_gpt.DocumentHeads(
-            run, run.forward.keywords["looped"])
+        learner = scorer.learner = train_gpt.DocumentHeads(run, run.forward.keywords["looped"])
         scorer.forward = learner.forward
         return train_gpt.evaluate(scorer, plan, learner)
     plan = train_gpt.sliding_plan(n, run.cfg) if n else []
@@ -285,7 +284,8 @@ class HiddenStates:
         return self.out[0]
 
 
-def next_logits(run: Run, hidden: Tensor, learner=None) -> Tensor:
+def next_logits(run: Run, hidden: Tensor,
+                learner: train_gpt.DocumentHeads | None = None) -> Tensor:
     """Logits (V,) float32 of the next token given a hidden state (C,); raises GolfError."""
     logits = torch.mv(run.model.tok_emb, hidden.float())
     if learner:                                             # the document has a head of its own

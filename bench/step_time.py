@@ -294,9 +294,10 @@ def step_phases(bench: Bench, looped: bool) -> list[Callable]:
     Weights move and are not put back: after the first step no matrix is zero, as in training.
     """
     run, state = bench.run, bench.state
+    ema_weight = 1 - state.schedule.decay(run.cfg.ema_horizon_frac)
     return [lambda: train_gpt.forward_backward(run, bench.rows, looped),
             lambda: [o.step(1.0, run.cfg.muon_momentum) for o in state.optimizers],
-            lambda: state.ema.lerp_(run.flat.data, 0.01)]
+            lambda: state.ema.lerp_(run.flat.data, ema_weight)]
 
 
 def attention_work(bench: Bench) -> Callable:
