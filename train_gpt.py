@@ -169,6 +169,7 @@ class Config:
     head_gate_channels: int = setting(0, low=0)  # gate heads from this many channels; 0 = off
     two_lanes: int = setting(0, low=0)  # last layers with two residual lanes
     documents: bool = False  # no attention between the documents of a window
+    attention_window: int = setting(0, low=0)  # tokens seen by 3 layers of 4, not the last; 0 = all
     iterations: int = 20000  # maximum number of optimiser steps
     max_wallclock_seconds: float = setting(600.0, low=0)  # training + calibration; 0 = no limit
     train_batch_tokens: int = 786432  # tokens per step over all ranks
@@ -246,10 +247,10 @@ class Config:
 GOLF = dict(
     seq_len=4096, micro_batch_seqs=32, num_heads=4, num_kv_heads=2, rope_dims=32,
     rope_base=50000.0, smear_channels=12, head_gate_channels=12, two_lanes=3, documents=True,
-    looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, ema_horizon_frac=0.055, lookahead=0.5,
-    beta2=0.99, muon_momentum=0.95, muon_momentum_warmup_frac=0.15,
-    muon_momentum_warmup_steps=300, embed_step=0.0, gptq_damping=0.1,
-    ttt_documents=True, ttt_lr=1.2, ttt_chunk_tokens=48)
+    attention_window=512, looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1,
+    ema_horizon_frac=0.055, lookahead=0.5, beta2=0.99, muon_momentum=0.95,
+    muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300, embed_step=0.0,
+    gptq_damping=0.1, ttt_documents=True, ttt_lr=4.0, ttt_chunk_tokens=48)
 RECIPES = {
     "pr1876": {},
     "pr1858": dict(ttt_epochs=2),
@@ -268,7 +269,7 @@ RECIPES = {
         train_batch_tokens=1024, warmup_steps=3, warmdown_frac=0.85, min_lr=0.05,
         tied_embed_lr=0.06, matrix_lr=0.02, beta2=0.99, muon_momentum=0.95,
         muon_momentum_warmup_frac=0.15, code_step=0.45, embed_step=0.0,
-        gptq_damping=0.1, ttt_documents=True, ttt_lr=0.7, ttt_chunk_tokens=32),
+        gptq_damping=0.1, ttt_documents=True, ttt_lr=1.4, ttt_chunk_tokens=32),
 }
 
 # Names that the challenge's own scripts read, with the setting that does their work here.
@@ -953,7 +954,7 @@ class Context(NamedTuple):
     cos: Tensor                     # (T, 1, R) of the rotation angles
     sin: Tensor
     values: Tensor | None           # (B, T, K, D) value embedding of #1060
-    attend: Callable                # of the backend with its mask, or of a chunk's `Past`
+    attend: Callable                # (q, k, v, windowed): the backend's, or that of a `Past`
     tap: Callable | None            # tap(names, x) sees the input x of the matrices `names`
     fused: bool                     # run Triton kernels instead of their twins in PyTorch
 
@@ -1051,12 +1052,13 @@ class Sdpa:
     """PyTorch's attention; documents are a dense mask, too slow for GPUs."""
     name = "sdpa"
 
-    def mask(self, tokens: Tensor, documents: bool) -> Tensor | None:
+    def mask(self, tokens: Tensor, documents: bool, window: int = 0) -> Tensor | None:
         """What `attend` needs to know of tokens (B, T): nothing, or pairs that see each other."""
-        if not documents:
+        if not documents and not window:
             return None
-        document = (tokens == BOS).cumsum(1)                                        # (B, T)
-        return (document[:, None] == document[:, :, None]).tril()[:, None]          # (B, 1, T, T)
+        document = ((tokens == BOS) & documents).cumsum(1)                          # (B, T)
+        visible = (document[:, None] == document[:, :, None]).tril()[:, None]       # (B, 1, T, T)
+        return visible.triu(1 - window) if window else visible
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Causal grouped-query attention: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)."""
@@ -1079,12 +1081,14 @@ class FlexAttention(Sdpa):
     def __init__(self, compiled: Callable):
         self.create = compiled(create_block_mask)
 
-    def mask(self, tokens: Tensor, documents: bool) -> BlockMask:
+    def mask(self, tokens: Tensor, documents: bool, window: int = 0) -> BlockMask:
         """Blocks that the queries of each block of tokens (B, T) see."""
-        document, (B, T) = (tokens == BOS).cumsum(1), tokens.shape
+        document, (B, T) = ((tokens == BOS) & documents).cumsum(1), tokens.shape
+        window = window or T
 
         def visible(b, h, query, key):
-            return (query >= key) & (document[b, query] == document[b, key])
+            same = document[b, query] == document[b, key]
+            return same & (query >= key) & (query - key < window)
         return self.create(visible, B, None, T, T, tokens.device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
@@ -1097,15 +1101,16 @@ class FlashFunction(torch.autograd.Function):
     """FlashAttention-4 on q (n, H, D), k and v (n, K, D) within documents from `starts` on."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
-        out, lse = torch.ops.golf.flash_forward(q, k, v, starts)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int) -> Tensor:
+        out, lse = torch.ops.golf.flash_forward(q, k, v, starts, window)
         ctx.save_for_backward(q, k, v, out, lse, starts)
+        ctx.window = window
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grads = torch.ops.golf.flash_backward(grad.contiguous(), *ctx.saved_tensors)
-        return *grads, None
+        grads = torch.ops.golf.flash_backward(grad.contiguous(), *ctx.saved_tensors, ctx.window)
+        return *grads, None, None
 
 
 class FlashAttention4(Sdpa):
@@ -1121,18 +1126,20 @@ class FlashAttention4(Sdpa):
             raise ImportError(f"flash-attn-4 {version}, not {self.VERSION}")
         from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
-        def forward(q, k, v, starts):
-            return _flash_attn_fwd(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, causal=True,
-                                   return_lse=True)[:2]
+        def extent(starts, window):
+            return dict(cu_seqlens_q=starts, cu_seqlens_k=starts, causal=True,
+                        window_size_left=window - 1 if window else None)
+
+        def forward(q, k, v, starts, window):
+            return _flash_attn_fwd(q, k, v, **extent(starts, window), return_lse=True)[:2]
 
         def backward(grad, *saved):
-            q, k, v, out, lse, starts = saved
+            q, k, v, out, lse, starts, window = saved
             grads = dq, dk, dv = [torch.empty_like(x) for x in (q, k, v)]
-            _flash_attn_bwd(q, k, v, out, grad, lse, causal=True, cu_seqlens_q=starts,
-                            cu_seqlens_k=starts, dq=dq, dk=dk, dv=dv)
+            _flash_attn_bwd(q, k, v, out, grad, lse, **extent(starts, window), dq=dq, dk=dk, dv=dv)
             return tuple(grads)
 
-        def shapes_forward(q, k, v, starts):
+        def shapes_forward(q, *rest):
             return q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
 
         def shapes_backward(grad, *saved):
@@ -1144,11 +1151,11 @@ class FlashAttention4(Sdpa):
             given = ", ".join(["Tensor"] * outputs)
             torch.library.custom_op(
                 f"golf::flash_{name}", function, mutates_args=(),
-                schema=f"({taken}) -> ({given})").register_fake(shapes)
+                schema=f"({taken}, int window) -> ({given})").register_fake(shapes)
         self.crowded = torch.tensor(False)
 
-    def mask(self, tokens: Tensor, documents: bool) -> Tensor:
-        """Where documents of tokens (B, T) begin in the flattened batch, padded with its length."""
+    def mask(self, tokens: Tensor, documents: bool, window: int = 0) -> tuple[Tensor, int]:
+        """Where documents of tokens (B, T) begin in the flattened batch, padded; the window."""
         # Of fixed length, as graphs are: the backward pass clears memory for every entry.
         n, room = tokens.numel(), 256 + tokens.numel() // 256
         first = (tokens == BOS) & documents                                         # (B, T)
@@ -1158,7 +1165,7 @@ class FlashAttention4(Sdpa):
         self.crowded = self.crowded | (slot[-1] >= room)
         slot = torch.where(first & (slot < room), slot, room + 1)
         starts = torch.full((room + 2,), n, dtype=torch.int32, device=tokens.device)
-        return starts.scatter_(0, slot, at)[:-1]            # the last took all that begins nothing
+        return starts.scatter_(0, slot, at)[:-1], window    # the last took all that begins nothing
 
     def check(self):
         """Raise GolfError if documents did not find room, and saw others; waits for the device."""
@@ -1166,10 +1173,10 @@ class FlashAttention4(Sdpa):
             raise GolfError("FLASH_ATTN=4: a batch has more documents than one per 256 tokens; set "
                             "FLASH_ATTN=0")
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: tuple[Tensor, int]) -> Tensor:
         """As `Sdpa.attend`."""
         flat = (x.flatten(0, 1) for x in (q, k, v))
-        return FlashFunction.apply(*flat, mask).view_as(q)
+        return FlashFunction.apply(*flat, *mask).view_as(q)
 
 
 def choose_attention(cfg: Config, dist: Dist, compiled: Callable) -> Sdpa:
@@ -1184,7 +1191,8 @@ def choose_attention(cfg: Config, dist: Dist, compiled: Callable) -> Sdpa:
         except ImportError as e:
             if cfg.flash_attn == "4":
                 raise ConfigError(f"FLASH_ATTN=4: {e}; see README, or set FLASH_ATTN=0") from None
-    return FlexAttention(compiled) if dist.on_cuda and cfg.documents else Sdpa()
+    masked = cfg.documents or cfg.attention_window
+    return FlexAttention(compiled) if dist.on_cuda and masked else Sdpa()
 
 
 class Memory(NamedTuple):
@@ -1203,10 +1211,11 @@ class Past:
         angles = rotary_angles(cfg, key[-T:])[:, None]                          # (T, 1, R)
         self.rotation = [x.to(memory.last.dtype) for x in (angles.cos(), angles.sin())]
         ago = key[-T:, None] - key                                              # (T, S + T)
-        self.visible = (ago >= 0) & (ago < cfg.seq_len)
+        self.visible = [(ago >= 0) & (ago < n)
+                        for n in (cfg.seq_len, cfg.attention_window or cfg.seq_len)]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `Sdpa.attend`, over what is kept for this layer and then causally over the chunk."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, windowed: bool) -> Tensor:
+        """As `Context.attend`, over what is kept for this layer and then over the chunk."""
         (B, T, H, D), K = q.shape, k.size(2)
         both = torch.cat([next(self.kept), torch.stack([k, v])], 2)         # (2, B, S + T, K, D)
         self.after.append(both[:, :, -self.most:])
@@ -1214,7 +1223,7 @@ class Past:
         q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
         k, v = both.transpose(2, 3)                                         # (B, K, S + T, D)
         scores = (q @ k.mT).float() * D ** -0.5                             # (B, K, G T, S + T)
-        scores = scores.masked_fill(~self.visible.repeat(H // K, 1), -torch.inf)
+        scores = scores.masked_fill(~self.visible[windowed].repeat(H // K, 1), -torch.inf)
         y = scores.softmax(-1).to(v.dtype) @ v
         return y.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
@@ -1238,6 +1247,7 @@ class Attention(nn.Module):
         super().__init__()
         C, D, K = cfg.model_dim, cfg.head_dim, cfg.num_kv_heads
         self.head_dim = D
+        self.windowed = int(layer % 4 != 3 and layer < cfg.num_layers - 1)      # of two masks
         self.xsa = layer >= cfg.num_layers - cfg.xsa_last_n
         self.c_q, self.c_k, self.c_v = (Linear(C, width, rng) for width in (C, K * D, K * D))
         self.proj = Linear(C, C, None)
@@ -1255,7 +1265,7 @@ class Attention(nn.Module):
         q, k, v = split(qkv.view(B, T, -1, self.head_dim), self.q_gain, ctx.cos, ctx.sin)
         if self.value_gain is not None:                     # before XSA, which excludes this too
             v = v + self.value_gain.to(x.dtype) * ctx.values
-        y = ctx.attend(q, k, v)                                         # (B, T, H, D)
+        y = ctx.attend(q, k, v, self.windowed)                          # (B, T, H, D)
         if self.xsa:
             y = (FusedExclusion.apply if ctx.fused else exclude_self)(y, v)
         if self.head_gate is not None:
@@ -1471,9 +1481,10 @@ class GPT(nn.Module):
             hidden = hidden[:, -targets.size(1):]
         return self.per_token_loss(hidden.float() if precise else hidden, targets)
 
-    def mask(self, tokens: Tensor):
-        """What attention over tokens (B, T) sees; the same for all layers."""
-        return self.attention.mask(tokens, self.cfg.documents)
+    def mask(self, tokens: Tensor) -> list:
+        """What attention over tokens (B, T) sees in layers without and with a window."""
+        return [self.attention.mask(tokens, self.cfg.documents, window)
+                for window in (0, self.cfg.attention_window)]
 
     def hidden(self, tokens: Tensor, mask, looped: bool, tap: Callable | None = None,
                past: Past | None = None) -> Tensor:
@@ -1492,7 +1503,7 @@ class GPT(nn.Module):
         x = rms_norm(x)
         if extras is not None:
             x, values = extras.smear(x, tokens), extras.values(tokens, x.dtype)
-        attend = partial(self.attention.attend, mask=mask)
+        attend = lambda q, k, v, windowed: self.attention.attend(q, k, v, mask[windowed])
         fused = self.fused and tap is None
         ctx = Context(x, self.cos[:T], self.sin[:T], values, attend, tap, fused)
         ctx = Context(x, *past.rotation, None, past.attend, tap, False) if past else ctx
@@ -2388,13 +2399,14 @@ class SGD(Frozen):
 class DocumentHeads(Frozen):
     """An output head for each document, the model's at first, which learns from its chunks by SGD.
 
-    The gradient of the logits is all it takes: nothing goes back through the model.  A row's rate
-    is in proportion to its quantization step, without EMBED_STEP nearly to its inverse gradient:
-    rare tokens are not left behind.  On P1 artifacts this gains twice as much as the field's
-    low-rank adapters in all layers (LoRA, #1530) did, in a third of the time (bench/RESULTS.md).
+    A prediction is the mean of the model's and the head's probabilities: as a wrong head costs one
+    bit at most, it may learn three times as fast as alone.  The gradient of the logits is all it
+    takes, nothing goes back through the model.  A row's rate is in proportion to its quantization
+    step, without EMBED_STEP nearly to its inverse gradient: rare tokens are not left behind.  This
+    gains twice as much as adapters in all layers (LoRA, #1530) in less time (bench/RESULTS.md).
     """
     learns = True
-    BIAS = 0.5      # square of a constant input beside the hidden state, whose length is 1
+    BIAS = 0.25     # square of a constant input beside the hidden state, whose length is 1
 
     def __init__(self, run: "Run", looped: bool):
         self.run, self.looped, self.over = run, looped, True
@@ -2428,13 +2440,15 @@ class DocumentHeads(Frozen):
         """Nats of the next targets (B, T) of all documents, after tokens (B, T): what is scored."""
         hidden, self.memory = self.states(tokens, self.memory)
         model, self.x = self.run.model, self.inputs(hidden)
-        self.logits = (F.linear(hidden, model.tok_emb) + self.x @ self.change).requires_grad_()
+        logits, cap = F.linear(hidden, model.tok_emb), model.cfg.logit_softcap
+        self.logits = (logits + self.x @ self.change).requires_grad_()
         with torch.enable_grad():
-            self.nll = SoftcapNLL.apply(self.logits, targets, model.cfg.logit_softcap)
-        return self.nll.detach()
+            self.nll = SoftcapNLL.apply(self.logits, targets, cap)
+        frozen = SoftcapNLL.apply(logits, targets, cap)
+        return math.log(2) - torch.logaddexp(-self.nll, -frozen)
 
     def after(self, chunk: Chunk) -> dict:
-        """Take one step for each document that goes on, by its summed loss over the chunk."""
+        """Take a step for each document that goes on, by its head's summed loss over the chunk."""
         mine = torch.tensor(self.run.rt.dist.local_slice(chunk.goes_on)).float()
         mine = F.pad(mine, (0, len(self.nll) - len(mine))).to(self.nll.device)[:, None]     # (B, 1)
         grad, = torch.autograd.grad(self.nll, self.logits, mine.expand_as(self.nll))
@@ -2702,8 +2716,8 @@ def train(run: Run, state: TrainState, batches: Batches, budget: float) -> str:
                     tokens_per_s=round(cfg.train_batch_tokens / step_s), elapsed_s=now)
                 logged = read
             if held_out_due:
-                loss = held_out_loss(run, batches.held_out(), state.looped)
-                log("held_out", n=state.step, loss=loss, elapsed_s=now)
+                held_out = held_out_loss(run, batches.held_out(), state.looped)
+                log("held_out", n=state.step, loss=held_out, elapsed_s=now)
                 clock.start(now)                            # that was off the clock
             bar.update(max(0.0, 100 * min(1.0, progress) - bar.n))
             bar.set_postfix_str(f"step {state.step}, loss {loss:.3f}", refresh=False)

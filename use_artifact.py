@@ -286,9 +286,10 @@ class HiddenStates:
 
 def next_logits(run: Run, hidden: Tensor,
                 learner: train_gpt.DocumentHeads | None = None) -> Tensor:
-    """Logits (V,) float32 of the next token given a hidden state (C,); raises GolfError."""
+    """Logits (V,) float32 of the next token given a hidden state (C,), by the model's output head
+    or that of a document; raises GolfError."""
     logits = torch.mv(run.model.tok_emb, hidden.float())
-    if learner:                                             # the document has a head of its own
+    if learner:                                             # a document's is the model's, changed
         logits = logits + torch.mv(learner.change[0].T, learner.inputs(hidden.float()))
     logits = train_gpt.soft_cap(logits, run.cfg.logit_softcap)
     if not logits.isfinite().all():
@@ -303,7 +304,7 @@ class Coder(train_gpt.Scorer):
     `evaluate` gives it the windows of a chunk, and lets the learner learn from the chunk after it.
     """
     pass_per_target = False     # run a pass for each target, as what follows it is unknown
-    learner = None              # the document's head
+    learner = None              # the document's head, whose probabilities and the model's are mixed
 
     def __init__(self, run: Run, stream: train_gpt.Stream):
         super().__init__(run.cfg, run.rt, run.forward, stream)
@@ -342,11 +343,14 @@ class Coder(train_gpt.Scorer):
         """Code `targets` of the window that begins at `start`; returns the nats of each."""
         nats, known = [], self.stream.tokens[start:start + self.cfg.seq_len]    # a view
         states = self.chunk_states if self.learner else self.hidden_states
+        # The mean of two distributions, as DocumentHeads.forward scores.
+        heads = [None, self.learner] if self.learner else [None]
         for target in targets:
             if self.pass_per_target or not nats:
                 hidden = states(known)                                          # (T, C)
-            logits = next_logits(self.run, hidden[target - start], self.learner)        # (V,)
-            p = logits.double().softmax(0).cpu().numpy()                        # (V,)
+            logits = torch.stack([next_logits(self.run, hidden[target - start], head)
+                                  for head in heads])                           # (1 or 2, V)
+            p = logits.double().softmax(1).mean(0).cpu().numpy()                # (V,)
             token = self.code(target, self.library.model.Categorical(p, **ROUNDING))
             nats.append(-math.log(max(p[token], 1e-300)))
             self.bar.update()

@@ -308,7 +308,7 @@ def attention_work(bench: Bench) -> Callable:
         for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads, cfg.num_heads))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     attend = train_gpt.compiler(cfg, dist)(bench.run.model.attention.attend)
-    mask = bench.run.model.mask(tokens)
+    mask, _ = bench.run.model.mask(tokens)                          # of layers without a window
     return lambda: torch.autograd.grad(attend(*inputs, mask), inputs, grad)
 
 

@@ -24,11 +24,16 @@ compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_ea
 # Helpers
 # ------------------------------------------------------------------------------------------------
 
-def probabilities(q, k, starts):
-    """Attention of q on k (n, H, D) within documents (H, n, n), and log-sum-exp (H, n)."""
+def probabilities(q, k, starts, most):
+    """Attention of q on k (n, H, D) within documents (H, n, n), and log-sum-exp (H, n).
+
+    A query sees `most` positions before its own, or all of its document.
+    """
     at = torch.arange(len(q))
     document = torch.searchsorted(starts, at.int(), right=True)
     hidden = ~(document[:, None] == document).tril()
+    if most is not None:
+        hidden |= at[:, None] - at > most
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.size(-1) ** 0.5
     scores = scores.masked_fill(hidden, float("-inf"))
     return scores.softmax(-1), scores.logsumexp(-1)
@@ -39,17 +44,19 @@ def shared(x, like):
     return x.repeat_interleave(like.size(1) // x.size(1), 1)
 
 
-def slow_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, return_lse):
+def slow_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size_left, return_lse):
     """What `_flash_attn_fwd` returns, as far as the program reads it."""
     assert causal and return_lse and cu_seqlens_q is cu_seqlens_k
-    p, lse = probabilities(q, shared(k, q), cu_seqlens_q)
+    p, lse = probabilities(q, shared(k, q), cu_seqlens_q, window_size_left)
     return torch.einsum("hqk,khd->qhd", p, shared(v, q)).contiguous(), lse, None, None, None
 
 
-def slow_backward(q, k, v, out, dout, lse, causal, cu_seqlens_q, cu_seqlens_k, dq, dk, dv):
+def slow_backward(q, k, v, out, dout, lse, causal, window_size_left, cu_seqlens_q, cu_seqlens_k,
+                  dq, dk, dv):
     """What `_flash_attn_bwd` writes: gradients by the formulas of softmax, from `lse` as given."""
     assert causal and dout.is_contiguous()
-    p, scale = probabilities(q, shared(k, q), cu_seqlens_q)[0], q.size(-1) ** -0.5
+    scale = q.size(-1) ** -0.5
+    p, _ = probabilities(q, shared(k, q), cu_seqlens_q, window_size_left)
     along = (dout * out).sum(-1).T[:, :, None]                                      # (H, n, 1)
     ds = p * (torch.einsum("qhd,khd->hqk", dout, shared(v, q)) - along) * scale
     summed = lambda x: x.unflatten(1, (k.size(1), -1)).sum(2)
@@ -126,22 +133,32 @@ def test_no_gradient_leaves_a_document(attention):
         assert grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("window", [0, 1, 50])
 @pytest.mark.parametrize("documents", [False, True])
-def test_backends_agree(flash, documents):
+def test_backends_agree(flash, documents, window):
     """Outputs of all backends, and gradients of those that have them here, are the dense mask's."""
     rows, inputs, dense = some_rows(), heads(), Sdpa()
     grad = torch.randn(2, 256, 4, 16)
-    expected = dense.attend(*inputs, dense.mask(rows, documents))
+    expected = dense.attend(*inputs, dense.mask(rows, documents, window))
     expected_grads = torch.autograd.grad(expected, inputs, grad)
-    out = flash.attend(*inputs, flash.mask(rows, documents))
+    out = flash.attend(*inputs, flash.mask(rows, documents, window))
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
     for mine, theirs in zip(torch.autograd.grad(out, inputs, grad), expected_grads):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
-    if documents:
-        flex = FlexAttention(lambda function: function)
-        with torch.no_grad():
-            out = flex.attend(*(x.detach() for x in inputs), flex.mask(rows, True))
-        torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    flex = FlexAttention(lambda function: function)
+    with torch.no_grad():
+        out = flex.attend(*(x.detach() for x in inputs), flex.mask(rows, documents, window))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+def test_a_window_hides_what_is_before_it(attention):
+    """Noise at one position moves the outputs of the next `window` positions, and no others."""
+    rows, (q, k, v) = torch.full((1, 256), 7), [x.detach() for x in heads(B=1)]
+    mask, noise = attention.mask(rows, False, 50), torch.zeros(1, 256, 1, 1)
+    noise[:, 100] = 1
+    with torch.no_grad():
+        moved = attention.attend(q, k + noise, v + noise, mask) - attention.attend(q, k, v, mask)
+    assert moved.abs().amax((0, 2, 3)).nonzero()[:, 0].tolist() == list(range(100, 150))
 
 
 def test_the_packed_operators_are_the_same(flash):
@@ -157,7 +174,8 @@ def test_the_packed_operators_are_the_same(flash):
 def test_the_whole_model_compiles_around_each_backend(flash, make_cfg):
     """One graph each, whose losses and captured inputs are those of the plain model; a second batch
     compiles nothing."""
-    cfg = make_cfg(documents=True, seq_len=256, ttt_chunk_tokens=256, train_batch_tokens=512)
+    cfg = make_cfg(documents=True, seq_len=256, ttt_chunk_tokens=256, train_batch_tokens=512,
+                   attention_window=50)
     plain, batches = GPT(cfg), [some_rows(), some_rows()]
     for attention in (flash, FlexAttention(compiled)):
         torch._dynamo.reset()

@@ -18,6 +18,8 @@ from train_gpt import (BOS, Chunk, ConfigError, DocumentHeads, DocumentScorer, S
 SHORT = dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, seq_len=16, eval_stride=2,
              eval_batch_seqs=3, train_batch_tokens=64, parallel_residual_start=1, rope_dims=4,
              ttt_documents=True, ttt_chunk_tokens=4, ttt_lr=1.0)
+# Six layers, of which 3 and the last, 5, see all tokens; a window begins within an earlier chunk.
+WINDOWS = dict(num_layers=6, attention_window=6)
 STARTS = 0, 5, 6, 15, 60        # of documents of 5, 1, 9, 45 and 36 tokens
 N = 96
 RECIPES = [name for name in PARTS if name != "pr1060"]
@@ -68,6 +70,12 @@ def scores(make_run, monkeypatch):
         assert sorted(nats) == list(range(len(data.bytes)))
         return torch.tensor([nats[i] for i in sorted(nats)], dtype=torch.float64)
     return scores_of
+
+
+def head_inputs(hidden: torch.Tensor) -> torch.Tensor:
+    """What a head's change meets: hidden states (..., C) of length 1, and a constant."""
+    constant = torch.full((*hidden.shape[:-1], 1), DocumentHeads.BIAS ** 0.5)
+    return torch.cat([F.normalize(hidden, dim=-1), constant], -1)               # (..., C + 1)
 
 
 @torch.no_grad()
@@ -122,10 +130,11 @@ def test_the_log_counts_batches_on(make_cfg, make_run, quiet):
 # Without learning
 # ------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("change", [{}, WINDOWS], ids=["whole", "windows"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_kept_keys_and_values_give_the_plain_forward(make_cfg, make_run, scores, recipe):
+def test_kept_keys_and_values_give_the_plain_forward(make_cfg, make_run, scores, recipe, change):
     """Chunks of four tokens by frozen heads score as one pass over each document does."""
-    cfg = make_cfg(**{**SHORT, **PARTS[recipe], "seq_len": 64, "ttt_lr": 0.0})
+    cfg = make_cfg(**{**SHORT, **PARTS[recipe], **change, "seq_len": 64, "ttt_lr": 0.0})
     data, run = documents_of(cfg), stirred(make_run(cfg))
     found = scores(cfg, data)
     for document in spans():
@@ -141,15 +150,19 @@ def test_a_stream_without_bos(make_cfg, make_run, scores):
     torch.testing.assert_close(scores(cfg, data), want, rtol=1e-5, atol=2e-6)
 
 
-def test_a_long_document_is_seen_through_a_moving_window(make_cfg, make_run, scores, monkeypatch):
-    """Beyond seq_len each layer's query sees the last seq_len keys, rotated by their distance."""
-    cfg = make_cfg(**{**SHORT, "ttt_lr": 0.0})
+@pytest.mark.parametrize("change", [{}, WINDOWS], ids=["whole", "windows"])
+def test_a_long_document_is_seen_through_a_moving_window(make_cfg, make_run, scores, monkeypatch,
+                                                         change):
+    """Beyond seq_len each layer's query sees the last seq_len keys, rotated by their distance, or
+    the last attention_window."""
+    cfg = make_cfg(**{**SHORT, **change, "ttt_lr": 0.0})
     data, T = documents_of(cfg), cfg.seq_len
-    run = stirred(make_run(make_cfg(**{**SHORT, "seq_len": 64, "train_batch_tokens": 64})))
+    run = stirred(make_run(make_cfg(**{**SHORT, **change, "seq_len": 64})))
 
     def attend(self, q, k, v, mask):
         at = torch.arange(q.size(1))
         band = (at <= at[:, None]) & (at > at[:, None] - T)
+        band = band if mask is None else band & mask
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, band, enable_gqa=True).transpose(1, 2)
     found = scores(cfg, data)
@@ -209,7 +222,8 @@ def test_learning_helps_where_a_document_repeats(make_cfg, scores):
 
 
 def test_a_step_follows_the_gradient_of_the_change(make_cfg, make_run):
-    """By autograd, in float64, at each row's rate; a document that ends learns nothing."""
+    """That of the head's own loss, by autograd, in float64, at each row's rate; a document that
+    ends learns nothing."""
     run = stirred(make_run(make_cfg(**SHORT)))
     run.flat.steps["tok_emb"] = steps = torch.linspace(0.5, 1.5, run.cfg.vocab_size)
     learner = DocumentHeads(run, True)
@@ -219,10 +233,8 @@ def test_a_step_follows_the_gradient_of_the_change(make_cfg, make_run):
     learner.forward(*tokens)
     learner.after(chunk)
     hidden = run.model(tokens[0]).double()
-    inputs = torch.cat([hidden / hidden.norm(dim=2, keepdim=True),
-                        torch.full((3, 4, 1), learner.BIAS ** 0.5)], 2)
     change = torch.zeros(3, 17, run.cfg.vocab_size, dtype=torch.float64, requires_grad=True)
-    logits = hidden @ run.model.tok_emb.double().T + inputs @ change
+    logits = hidden @ run.model.tok_emb.double().T + head_inputs(hidden) @ change
     cap = run.cfg.logit_softcap
     logits = cap * (logits / cap).tanh()
     loss = -logits.log_softmax(2).gather(2, tokens[1][..., None])[[0, 2]].sum()
@@ -230,6 +242,28 @@ def test_a_step_follows_the_gradient_of_the_change(make_cfg, make_run):
     torch.testing.assert_close(learner.change.double(), -want * steps / steps.mean(),
                                rtol=1e-3, atol=1e-5)
     assert not learner.change[1].any() and learner.change[[0, 2]].any()
+
+
+def test_a_score_is_that_of_the_mean_of_two_probabilities(make_cfg, make_run):
+    """Those of the model and of a head that has learnt, apart, in float64; the sum over all targets
+    is 1.  One document for each token of the vocabulary, alike but for the last targets."""
+    run = stirred(make_run(make_cfg(**{**SHORT, "eval_batch_seqs": 320})))
+    V, cap = run.cfg.vocab_size, run.cfg.logit_softcap
+    run.flat.steps["tok_emb"] = torch.linspace(0.5, 1.5, V)
+    learner, chunk = DocumentHeads(run, True), Chunk([], 0, 0, None, (True,) * V)
+    ids, every = torch.randint(3, V, (9,)), torch.arange(V)[:, None].expand(V, 4)
+    learner.before(chunk)
+    learner.forward(ids[:4].expand(V, 4), ids[1:5].expand(V, 4))
+    learner.after(chunk)
+    learner.before(chunk)
+    p = (-learner.forward(ids[4:8].expand(V, 4), every).double()).exp()         # (V, T)
+    hidden = run.model(ids[None, :8])[0, 4:].double()                           # (T, C)
+    logits = hidden @ run.model.tok_emb.double().T                              # (T, V)
+    both = torch.stack([logits, logits + head_inputs(hidden) @ learner.change[0].double()])
+    both = (cap * (both / cap).tanh()).softmax(2)                               # (2, T, V)
+    assert (both[1] / both[0]).max() > 2
+    torch.testing.assert_close(p, both.mean(0).T, rtol=1e-4, atol=0)
+    torch.testing.assert_close(p.sum(0), torch.ones(4).double(), rtol=1e-5, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -22,10 +22,12 @@ SHAPES = {
     "no loop, no gates": dict(num_loops=0, skip_gates_enabled=False),
     "one kv head, all XSA": dict(num_kv_heads=1, xsa_last_n=3, rope_dims=16, qk_gain_init=1.5),
     "no rope, no XSA": dict(num_kv_heads=4, xsa_last_n=0, rope_dims=0, parallel_residual_start=0),
+    # Layers 0-2 and 4 see three tokens; layer 3 and the last, 5, see all.
+    "windows": dict(num_layers=6, attention_window=3),
 }
 for name in PARTS.keys() - {"pr1858"}:
     SHAPES[name] = {key: PARTS[name][key] for key in Config().group("model") if key in PARTS[name]}
-SHAPES["golf"]["num_layers"] = 4        # of which two have two lanes
+SHAPES["golf"] |= dict(num_layers=4, attention_window=2)    # the last has two lanes
 SECOND = 4                      # where the second document begins in some tests
 
 
@@ -134,15 +136,23 @@ def slow_values(cfg: Config, p: dict, layer: int, ids: list[int]):
     return [gain * (p["extras.value_proj"] @ p["extras.value_emb"][i]) for i in ids]
 
 
+def slow_firsts(cfg: Config, layer: int, ids):
+    """The first position that each position sees in a layer."""
+    short = cfg.attention_window and layer not in (3, 7, 11, cfg.num_layers - 1)
+    firsts, first = [], 0
+    for t, i in enumerate(ids):
+        first = t if i == 1 and cfg.documents else first                # 1 begins a document
+        firsts.append(max(first, t + 1 - cfg.attention_window) if short else first)
+    return firsts
+
+
 def slow_attention(cfg: Config, p: dict, layer: int, xs, ids):
     """Attention of one layer over a list of vectors (C,)."""
     D, group = cfg.model_dim // cfg.num_heads, cfg.num_heads // cfg.num_kv_heads
     name = f"layers.{layer}.attn."
     own = [p[name + "c_v.weight"] @ x + e
            for x, e in zip(xs, slow_values(cfg, p, layer, ids))]
-    heads, firsts = [], [0] * len(ids)
-    for t, i in enumerate(ids):                                         # 1 begins a document
-        firsts[t] = t if i == 1 and cfg.documents else firsts[t - 1] if t else 0
+    heads, firsts = [], slow_firsts(cfg, layer, ids)
     for h in range(cfg.num_heads):
         mine, shared = slice(h * D, (h + 1) * D), slice(h // group * D, (h // group + 1) * D)
         turn = lambda x, t: slow_rope(slow_norm(x), t, cfg.rope_dims, cfg.rope_base)
@@ -293,7 +303,8 @@ def test_exclude_self_survives_a_zero_value():
 def test_layers_with_xsa_exclude_their_value(cfg):
     """In the last xsa_last_n layers what enters the output matrix has nothing of the own value."""
     model = stirred(cfg)
-    seen = model.capture_linear_inputs(some_tokens(cfg, 2, 16), None, True)
+    ids = some_tokens(cfg, 2, 16)
+    seen = model.capture_linear_inputs(ids, model.mask(ids), True)
     inputs = {names[0]: x for names, x in seen}
     for i, layer in enumerate(model.layers):
         x, y = inputs[f"layers.{i}.attn.c_q.weight"], inputs[f"layers.{i}.attn.proj.weight"]
@@ -489,9 +500,9 @@ def test_calibration_sees_every_matrix(shape, looped):
 
 def test_calibration_sees_what_the_matrices_meet(cfg, monkeypatch):
     """The inputs shown are those that the layers' own matrix products get, one after the other."""
-    model, met, linear = stirred(cfg), [], F.linear
+    model, met, linear, ids = stirred(cfg), [], F.linear, some_tokens(cfg, 2, 9)
     monkeypatch.setattr(F, "linear", lambda x, weight: met.append(x) or linear(x, weight))
-    shown = model.capture_linear_inputs(some_tokens(cfg, 2, 9), None, True)
+    shown = model.capture_linear_inputs(ids, model.mask(ids), True)
     assert len(met) == len(shown) - 1 and shown[-1][0] == ["tok_emb"]
     assert all(torch.equal(x, seen) for (_, x), seen in zip(shown, met))
 
@@ -500,7 +511,7 @@ def test_the_challenge_has_67_matrices_to_calibrate(full_model):
     """Six matrices a layer and the head, as the public runs log."""
     ids = torch.zeros(1, 2, dtype=torch.long)
     with torch.no_grad():
-        seen = full_model.capture_linear_inputs(ids, None, True)
+        seen = full_model.capture_linear_inputs(ids, full_model.mask(ids), True)
     assert len({name for names, _ in seen for name in names}) == 67
 
 
