@@ -1241,7 +1241,7 @@ def channel_gate(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with QK norm and partial rotary embedding."""
+    """Causal grouped-query attention, QK norm, partial rotation, windows (arXiv:2004.05150)."""
 
     def __init__(self, cfg: Config, layer: int, rng: torch.Generator):
         super().__init__()

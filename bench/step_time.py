@@ -22,8 +22,8 @@ copy, both measured here first; for the attention kernel it is its own time.  By
 that a part reads and writes if all between two matrix products were one kernel, and the MLP's
 activation the end of a product, as it is in the MLP's kernels.  Model FLOPs per token are 6 times
 the weights used (a weight of a layer that runs thrice counts thrice) and, for each layer that runs,
-the 7 products of causal attention (2 forward, 5 backward) over half the positions, whatever a
-document mask leaves of them.  MFU is their rate over that of the large matrix product.
+the 7 products of causal attention (2 forward, 5 backward) over half the positions, whatever
+documents and windows leave of them.  MFU is their rate over that of the large matrix product.
 
 Sections: Timing, Counts, Measurements, Command line.
 """
