@@ -365,7 +365,7 @@ def test_a_rank_that_dies_ends_the_run(nursery, toy_settings, tmp_path, moment, 
 
 def test_ranks_with_unequal_clocks_take_the_same_steps(nursery, toy_settings, tmp_path):
     """Where one rank's clock runs half as fast again, all end at one step with equal weights."""
-    env = settings_for(toy_settings, tmp_path, MAX_WALLCLOCK_SECONDS="2", WARMUP_STEPS="3",
+    env = settings_for(toy_settings, tmp_path, MAX_WALLCLOCK_SECONDS="6", WARMUP_STEPS="3",
                        ITERATIONS="100000", TRAIN_LOG_EVERY="100000", CHECKPOINT_SECONDS="0",
                        STAGES="train")
     ranks = nursery.start_ranks(env, dict(haste=1.0), dict(haste=1.5))
