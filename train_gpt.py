@@ -1214,7 +1214,7 @@ class Past:
         self.visible = [(ago >= 0) & (ago < n)
                         for n in (cfg.seq_len, cfg.attention_window or cfg.seq_len)]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, windowed: bool) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, windowed: int) -> Tensor:
         """As `Context.attend`, over what is kept for this layer and then over the chunk."""
         (B, T, H, D), K = q.shape, k.size(2)
         both = torch.cat([next(self.kept), torch.stack([k, v])], 2)         # (2, B, S + T, K, D)

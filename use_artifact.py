@@ -286,11 +286,12 @@ class HiddenStates:
 
 def next_logits(run: Run, hidden: Tensor,
                 learner: train_gpt.DocumentHeads | None = None) -> Tensor:
-    """Logits (V,) float32 of the next token given a hidden state (C,), by the model's output head
-    or that of a document; raises GolfError."""
-    logits = torch.mv(run.model.tok_emb, hidden.float())
+    """Logits (1 or 2, V) float32 of the next token given a hidden state (C,), by the model's output
+    head and, with a learner, by the document's; raises GolfError."""
+    logits = torch.mv(run.model.tok_emb, hidden.float())[None]
     if learner:                                             # a document's is the model's, changed
-        logits = logits + torch.mv(learner.change[0].T, learner.inputs(hidden.float()))
+        change = torch.mv(learner.change[0].T, learner.inputs(hidden.float()))
+        logits = torch.cat([logits, logits + change])
     logits = train_gpt.soft_cap(logits, run.cfg.logit_softcap)
     if not logits.isfinite().all():
         raise GolfError("the model's predictions are not finite; if test-time training broke the "
@@ -343,13 +344,11 @@ class Coder(train_gpt.Scorer):
         """Code `targets` of the window that begins at `start`; returns the nats of each."""
         nats, known = [], self.stream.tokens[start:start + self.cfg.seq_len]    # a view
         states = self.chunk_states if self.learner else self.hidden_states
-        # The mean of two distributions, as DocumentHeads.forward scores.
-        heads = [None, self.learner] if self.learner else [None]
         for target in targets:
             if self.pass_per_target or not nats:
                 hidden = states(known)                                          # (T, C)
-            logits = torch.stack([next_logits(self.run, hidden[target - start], head)
-                                  for head in heads])                           # (1 or 2, V)
+            logits = next_logits(self.run, hidden[target - start], self.learner)
+            # The mean of one or two distributions, as DocumentHeads.forward scores.
             p = logits.double().softmax(1).mean(0).cpu().numpy()                # (V,)
             token = self.code(target, self.library.model.Categorical(p, **ROUNDING))
             nats.append(-math.log(max(p[token], 1e-300)))
@@ -510,7 +509,7 @@ def generate(run: Run, ids: list[int], tokens: int, sampling: Sampling) -> Itera
     k = min(sampling.top_k or V, V) if sampling.temperature else 1
     for _ in range(tokens):
         window = torch.tensor([ids[-run.cfg.seq_len:]], device=run.rt.dist.device)      # (1, T)
-        logits = next_logits(run, run.forward(window)[0, -1])                           # (V,)
+        logits = next_logits(run, run.forward(window)[0, -1])[0]                        # (V,)
         best, candidates = logits.cpu().double().topk(k)                                # (k,) each
         # Subtracting the largest first keeps the quotient finite at any temperature.
         p = ((best - best[0]) / (sampling.temperature or 1)).softmax(0)
