@@ -1035,30 +1035,33 @@ def split_heads(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
             rotate(rms_norm(k), cos, sin), v)
 
 
-def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+def exclude_self(y: Tensor, v: Tensor, gate: Tensor | None = None) -> Tensor:
     """Remove from each head's output its component along the token's own value.
 
-    Args: y (B, T, H, D) attention output; v (B, T, K, D) values, K dividing H.
+    Args: y (B, T, H, D) attention output; v (B, T, K, D) values, K dividing H; gate (B, T, H),
+        which the result is multiplied with.
     Source: exclusive self attention (XSA), arXiv:2603.09078; parameter-golf #265, #1019.
     """
     B, T, H, D = y.shape
     K = v.size(2)
     v = F.normalize(v, dim=-1).unsqueeze(3)                             # (B, T, K, 1, D)
     y = y.view(B, T, K, H // K, D)                                      # (B, T, K, G, D)
-    return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, D)
+    y = (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, D)
+    return y if gate is None else y * gate[..., None]
 
 
 class Sdpa:
     """PyTorch's attention; documents are a dense mask, too slow for GPUs."""
     name = "sdpa"
 
-    def mask(self, tokens: Tensor, documents: bool, window: int = 0) -> Tensor | None:
-        """What `attend` needs to know of tokens (B, T): nothing, or pairs that see each other."""
-        if not documents and not window:
-            return None
+    def masks(self, tokens: Tensor, documents: bool, windows: list[int]) -> list:
+        """What `attend` needs to know of tokens (B, T) for each window, of which 0 has no end.
+
+        That is nothing, or the pairs that see each other.
+        """
         document = ((tokens == BOS) & documents).cumsum(1)                          # (B, T)
         visible = (document[:, None] == document[:, :, None]).tril()[:, None]       # (B, 1, T, T)
-        return visible.triu(1 - window) if window else visible
+        return [visible.triu(1 - w) if w else visible if documents else None for w in windows]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Causal grouped-query attention: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)."""
@@ -1081,15 +1084,16 @@ class FlexAttention(Sdpa):
     def __init__(self, compiled: Callable):
         self.create = compiled(create_block_mask)
 
-    def mask(self, tokens: Tensor, documents: bool, window: int = 0) -> BlockMask:
-        """Blocks that the queries of each block of tokens (B, T) see."""
+    def masks(self, tokens: Tensor, documents: bool, windows: list[int]) -> list[BlockMask]:
+        """Blocks that the queries of each block of tokens (B, T) see, for each window."""
         document, (B, T) = ((tokens == BOS) & documents).cumsum(1), tokens.shape
-        window = window or T
 
-        def visible(b, h, query, key):
-            same = document[b, query] == document[b, key]
-            return same & (query >= key) & (query - key < window)
-        return self.create(visible, B, None, T, T, tokens.device)
+        def within(window):
+            def visible(b, h, query, key):
+                same = document[b, query] == document[b, key]
+                return same & (query >= key) & (query - key < window)
+            return visible
+        return [self.create(within(w or T), B, None, T, T, tokens.device) for w in windows]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         """As `Sdpa.attend`."""
@@ -1154,10 +1158,10 @@ class FlashAttention4(Sdpa):
                 schema=f"({taken}, int window) -> ({given})").register_fake(shapes)
         self.crowded = torch.tensor(False)
 
-    def mask(self, tokens: Tensor, documents: bool, window: int = 0) -> tuple[Tensor, int]:
-        """Where documents of tokens (B, T) begin in the flattened batch, padded; the window."""
+    def masks(self, tokens: Tensor, documents: bool, windows: list[int]) -> list:
+        """Where documents of tokens (B, T) begin in the flattened batch, padded, and the window."""
         # Of fixed length, as graphs are: the backward pass clears memory for every entry.
-        n, room = tokens.numel(), 256 + tokens.numel() // 256
+        n, room = tokens.numel(), 128 + tokens.numel() // 512
         first = (tokens == BOS) & documents                                         # (B, T)
         first[:, 0] = True                                  # windows do not see each other
         first, at = first.flatten(), torch.arange(n, dtype=torch.int32, device=tokens.device)
@@ -1165,12 +1169,13 @@ class FlashAttention4(Sdpa):
         self.crowded = self.crowded | (slot[-1] >= room)
         slot = torch.where(first & (slot < room), slot, room + 1)
         starts = torch.full((room + 2,), n, dtype=torch.int32, device=tokens.device)
-        return starts.scatter_(0, slot, at)[:-1], window    # the last took all that begins nothing
+        starts = starts.scatter_(0, slot, at)[:-1]          # the last took all that begins nothing
+        return [(starts, window) for window in windows]
 
     def check(self):
         """Raise GolfError if documents did not find room, and saw others; waits for the device."""
         if self.crowded:
-            raise GolfError("FLASH_ATTN=4: a batch has more documents than one per 256 tokens; set "
+            raise GolfError("FLASH_ATTN=4: a batch has more documents than one per 512 tokens; set "
                             "FLASH_ATTN=0")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: tuple[Tensor, int]) -> Tensor:
@@ -1206,13 +1211,13 @@ class Past:
     """The pass over T tokens after a `memory`, whose keys and values are read, not recomputed."""
     def __init__(self, cfg: Config, memory: Memory, T: int):
         self.last, self.kept, self.after = memory.last, iter(memory.kept), []
-        self.most, at = cfg.seq_len, memory.at
+        self.most, at, window = cfg.seq_len, memory.at, cfg.attention_window
         key = torch.arange(at - memory.kept[0].size(2), at + T, device=memory.last.device)
         angles = rotary_angles(cfg, key[-T:])[:, None]                          # (T, 1, R)
         self.rotation = [x.to(memory.last.dtype) for x in (angles.cos(), angles.sin())]
         ago = key[-T:, None] - key                                              # (T, S + T)
         self.visible = [(ago >= 0) & (ago < n)
-                        for n in (cfg.seq_len, cfg.attention_window or cfg.seq_len)]
+                        for n in (cfg.seq_len, min(cfg.seq_len, window or cfg.seq_len))]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, windowed: int) -> Tensor:
         """As `Context.attend`, over what is kept for this layer and then over the chunk."""
@@ -1266,10 +1271,11 @@ class Attention(nn.Module):
         if self.value_gain is not None:                     # before XSA, which excludes this too
             v = v + self.value_gain.to(x.dtype) * ctx.values
         y = ctx.attend(q, k, v, self.windowed)                          # (B, T, H, D)
+        gate = None if self.head_gate is None else channel_gate(0.5 * x, self.head_gate)    # #1855
         if self.xsa:
-            y = (FusedExclusion.apply if ctx.fused else exclude_self)(y, v)
-        if self.head_gate is not None:
-            y = y * channel_gate(0.5 * x, self.head_gate)[..., None]        # 0.5: #1855
+            y = (FusedExclusion.apply if ctx.fused else exclude_self)(y, v, gate)
+        elif gate is not None:
+            y = y * gate[..., None]
         return self.proj(y.reshape(B, T, C), ctx, scale)
 
 
@@ -1483,8 +1489,9 @@ class GPT(nn.Module):
 
     def mask(self, tokens: Tensor) -> list:
         """What attention over tokens (B, T) sees in layers without and with a window."""
-        return [self.attention.mask(tokens, self.cfg.documents, window)
-                for window in (0, self.cfg.attention_window)]
+        windows = sorted({0, self.cfg.attention_window})
+        masks = self.attention.masks(tokens, self.cfg.documents, windows)
+        return [masks[0], masks[-1]]
 
     def hidden(self, tokens: Tensor, mask, looped: bool, tap: Callable | None = None,
                past: Past | None = None) -> Tensor:
@@ -2930,9 +2937,9 @@ class FusedHeads(torch.autograd.Function):
 
 
 @jit
-def exclusion_forward(y_ptr, v_ptr, out_ptr, rows, G: tl.constexpr, D: tl.constexpr,
-                      ROWS: tl.constexpr):
-    """y (rows, G, D) less its component along v (rows, D)."""
+def exclusion_forward(y_ptr, v_ptr, gate_ptr, out_ptr, rows, GATED: tl.constexpr,
+                      G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """y (rows, G, D) less its component along v (rows, D), times gate (rows, G) if GATED."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]                         # (b, 1)
     d = tl.arange(0, D)[None]                                                           # (1, D)
     inside = row < rows
@@ -2942,13 +2949,15 @@ def exclusion_forward(y_ptr, v_ptr, out_ptr, rows, G: tl.constexpr, D: tl.conste
         at = (row * G + g) * D + d
         y = tl.load(y_ptr + at, inside, 0.0).to(tl.float32)
         y -= tl.sum(y * v, 1)[:, None] / length * v
+        if GATED:
+            y *= tl.load(gate_ptr + row * G + g, inside, 0.0).to(tl.float32)            # (b, 1)
         tl.store(out_ptr + at, y, inside)
 
 
 @jit
-def exclusion_backward(grad_ptr, y_ptr, v_ptr, dy_ptr, dv_ptr, rows, G: tl.constexpr,
-                       D: tl.constexpr, ROWS: tl.constexpr):
-    """Gradients of y (rows, G, D) and v (rows, D)."""
+def exclusion_backward(grad_ptr, y_ptr, v_ptr, gate_ptr, dy_ptr, dv_ptr, dgate_ptr, rows,
+                       GATED: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """Gradients of y (rows, G, D), v (rows, D) and gate (rows, G)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]                         # (b, 1)
     d = tl.arange(0, D)[None]                                                           # (1, D)
     inside = row < rows
@@ -2962,6 +2971,12 @@ def exclusion_backward(grad_ptr, y_ptr, v_ptr, dy_ptr, dv_ptr, rows, G: tl.const
         grad = tl.load(grad_ptr + at, inside, 0.0).to(tl.float32)
         share = tl.sum(y * v, 1)[:, None] / length                                      # (b, 1)
         along = tl.sum(grad * v, 1)[:, None] / length
+        if GATED:
+            gate = tl.load(gate_ptr + row * G + g, inside, 0.0).to(tl.float32)          # (b, 1)
+            dgate = tl.sum(grad * (y - share * v), 1)[:, None]
+            tl.store(dgate_ptr + row * G + g, dgate, inside)
+            grad *= gate
+            along *= gate
         tl.store(dy_ptr + at, grad - along * v, inside)
         dv -= share * grad + along * (y - 2 * share * v)
     tl.store(dv_ptr + row * D + d, dv, inside)
@@ -2971,20 +2986,24 @@ class FusedExclusion(torch.autograd.Function):
     """`exclude_self` by kernels."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, v: Tensor) -> Tensor:
-        y, v = y.contiguous(), v.contiguous()
+    def forward(ctx, y: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+        ctx.gated = gate is not None
+        y, v, gate = y.contiguous(), v.contiguous(), gate.contiguous() if ctx.gated else y
         out, rows, D = torch.empty_like(y), v.shape[:3].numel(), v.size(3)
-        exclusion_forward[(-(-rows // ROWS),)](y, v, out, rows, y.size(2) // v.size(2), D, ROWS)
-        ctx.save_for_backward(y, v)
+        exclusion_forward[(-(-rows // ROWS),)](
+            y, v, gate, out, rows, ctx.gated, y.size(2) // v.size(2), D, ROWS)
+        ctx.save_for_backward(y, v, gate)
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        y, v = ctx.saved_tensors
-        dy, dv, rows, D = torch.empty_like(y), torch.empty_like(v), v.shape[:3].numel(), v.size(3)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        y, v, gate = ctx.saved_tensors
+        dy, dv, dgate = (torch.empty_like(x) for x in (y, v, gate))
+        rows, D = v.shape[:3].numel(), v.size(3)
         exclusion_backward[(-(-rows // ROWS),)](
-            grad.contiguous(), y, v, dy, dv, rows, y.size(2) // v.size(2), D, ROWS)
-        return dy, dv
+            grad.contiguous(), y, v, gate, dy, dv, dgate, rows, ctx.gated,
+            y.size(2) // v.size(2), D, ROWS)
+        return dy, dv, dgate if ctx.gated else None
 
 
 # ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@
 Settings are the environment variables of train_gpt.py, whose functions are timed on random tokens,
 with and without recurrence.  No data set is read and nothing is left on disk.  Every time is a
 median over --steps calls after a warm-up, on a GPU between device events; with several ranks, the
-times, floors and FLOPs are those of rank 0.
+times, floors and FLOPs are those of rank 0, and both collectives of a step are timed alone.
 
     attention kernel          the kernel alone, forward and backward, times the layers that run
     attention, MLP products  their matrix products alone, one forward and two backward
@@ -300,15 +300,15 @@ def step_phases(bench: Bench, looped: bool) -> list[Callable]:
             lambda: state.ema.lerp_(run.flat.data, ema_weight)]
 
 
-def attention_work(bench: Bench) -> Callable:
-    """A function that runs the attention kernel of one layer, forward and backward."""
+def attention_work(bench: Bench, windowed: int) -> Callable:
+    """A function that runs the attention kernel of a layer (0) without or (1) with a window."""
     cfg, dist, tokens = bench.run.cfg, bench.dist, bench.parts[0][:, :-1]
     q, k, v, grad = (                                               # (B, T, H or K, D)
         torch.randn(*tokens.shape, heads, cfg.head_dim, device=dist.device, dtype=dist.dtype)
         for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads, cfg.num_heads))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     attend = train_gpt.compiler(cfg, dist)(bench.run.model.attention.attend)
-    mask, _ = bench.run.model.mask(tokens)                          # of layers without a window
+    mask = bench.run.model.mask(tokens)[windowed]
     return lambda: torch.autograd.grad(attend(*inputs, mask), inputs, grad)
 
 
@@ -336,7 +336,7 @@ def ends_work(bench: Bench) -> Callable:
 
 class Shared(NamedTuple):
     """Milliseconds of parts that do not depend on recurrence, attention and products of one run."""
-    attention: float
+    attention: list[float]                      # of a layer without and one with a window
     products: dict[tuple[int, int], float]      # by shape (O, I)
     ends: float
     upkeep: float
@@ -347,7 +347,7 @@ def measure_shared(bench: Bench) -> Shared:
     flat, limit = bench.run.flat, bench.run.cfg.grad_clip_norm
     shapes = sorted({(p.O, p.I) for p in products(bench.run, False) if p.part != "head"})
     upkeep = [lambda: flat.buffer.zero_(), lambda: train_gpt.clip_gradient_(flat.grad, limit)]
-    return Shared(bench.time(attention_work(bench)),
+    return Shared([bench.time(attention_work(bench, windowed)) for windowed in (0, 1)],
                   {shape: bench.time(product_work(bench, shape)) for shape in shapes},
                   bench.time(ends_work(bench)),
                   time_phases(bench.dist, upkeep, bench.calls)[-1])
@@ -361,10 +361,10 @@ def make_parts(bench: Bench, looped: bool, shared: Shared, phases: list[float]) 
     """
     run, tokens, floor = bench.run, bench.tokens, bench.ceilings.floor_ms
     found, params = products(run, looped), len(run.flat.data)
-    layers = sum(map(len, train_gpt.layer_schedule(run.cfg, looped)))
-    attention_ms = shared.attention * layers
+    order = [i for half in train_gpt.layer_schedule(run.cfg, looped) for i in half]
+    attention_ms = sum(shared.attention[run.model.layers[i].attn.windowed] for i in order)
     parts = [Part("attention kernel", attention_ms, attention_ms,
-                  tokens * attention_flops(run.cfg, layers), "its own time")]
+                  tokens * attention_flops(run.cfg, len(order)), "its own time")]
     for part, name in dict(attn="attention products", mlp="MLP products").items():
         ms = sum(shared.products[p.O, p.I] for p in found if p.part == part)
         flops = tokens * product_flops(found, part)
@@ -379,6 +379,17 @@ def make_parts(bench: Bench, looped: bool, shared: Shared, phases: list[float]) 
             Part("elementwise rest", rest, floor(0, rest_bytes(bench, looped)), 0, "bytes"),
             Part("optimizer", phases[1], floor(flops, moved), flops, "FLOPs, bytes"),
             Part("EMA", phases[2], floor(0, 12 * params), 0, "bytes")]
+
+
+def collective_lines(bench: Bench) -> Iterator[str]:
+    """Times of the all-reduce of gradients and of the all-gathers of updates, of one step each."""
+    dist, flat = bench.dist, bench.run.flat
+    mine = [dist.equal_slice(W).to(dist.dtype) for _, W in flat.stacks(flat.data)]
+    gathered = dist.world * sum(part.nbytes for part in mine)
+    reduce_ms = time_call(dist, lambda: dist.all_reduce_(flat.buffer), bench.calls)
+    gather_ms = time_call(dist, lambda: [dist.all_gather(x) for x in mine], bench.calls)
+    yield f"all-reduce of {flat.buffer.nbytes / 1e6:.0f} MB of gradients: {reduce_ms:.2f} ms"
+    yield f"all-gathers of {gathered / 1e6:.0f} MB of updates: {gather_ms:.2f} ms"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -438,6 +449,8 @@ def measure(cfg: Config, dist: Dist, args: argparse.Namespace):
     for looped, phases in steps.items():
         parts = make_parts(bench, looped, shared, phases)
         say("", f"{GRAPHS[looped]}, part by part", *part_lines(parts, phases[-1]))
+    if dist.world > 1:
+        say("", *collective_lines(bench))
     for looped in graphs if args.kernels else ():           # last: it may slow down what follows
         say("", f"{GRAPHS[looped]}, kernels of four steps", profile(bench, looped))
 

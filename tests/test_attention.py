@@ -106,7 +106,7 @@ def heads(B: int = 2, T: int = 256):
 def test_no_document_sees_another(attention):
     """Noise in one document's keys and values moves no other's outputs, and each moves its own."""
     rows, (q, k, v) = some_rows(), [x.detach() for x in heads()]
-    mask = attention.mask(rows, True)
+    mask = attention.masks(rows, True, [0])[0]
     firsts = (rows == BOS).index_put((torch.tensor([0, 1]), torch.tensor([0, 0])),
                                      torch.tensor(True))
     document = firsts.flatten().cumsum(0).view(rows.shape)
@@ -126,7 +126,7 @@ def test_no_gradient_leaves_a_document(attention):
     FlexAttention has no gradients on a CPU; tests/test_gpu.py makes this claim of it.
     """
     rows, inputs = some_rows(), heads()
-    out = attention.attend(*inputs, attention.mask(rows, True))
+    out = attention.attend(*inputs, attention.masks(rows, True, [0])[0])
     for grad in torch.autograd.grad(out[0, 7:130].square().sum(), inputs):
         assert grad[0, 7:130].abs().max() > 0
         grad[0, 7:130] = 0
@@ -139,22 +139,22 @@ def test_backends_agree(flash, documents, window):
     """Outputs of all backends, and gradients of those that have them here, are the dense mask's."""
     rows, inputs, dense = some_rows(), heads(), Sdpa()
     grad = torch.randn(2, 256, 4, 16)
-    expected = dense.attend(*inputs, dense.mask(rows, documents, window))
+    expected = dense.attend(*inputs, dense.masks(rows, documents, [window])[0])
     expected_grads = torch.autograd.grad(expected, inputs, grad)
-    out = flash.attend(*inputs, flash.mask(rows, documents, window))
+    out = flash.attend(*inputs, flash.masks(rows, documents, [window])[0])
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
     for mine, theirs in zip(torch.autograd.grad(out, inputs, grad), expected_grads):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
     flex = FlexAttention(lambda function: function)
     with torch.no_grad():
-        out = flex.attend(*(x.detach() for x in inputs), flex.mask(rows, documents, window))
+        out = flex.attend(*(x.detach() for x in inputs), flex.masks(rows, documents, [window])[0])
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
 
 
 def test_a_window_hides_what_is_before_it(attention):
     """Noise at one position moves the outputs of the next `window` positions, and no others."""
     rows, (q, k, v) = torch.full((1, 256), 7), [x.detach() for x in heads(B=1)]
-    mask, noise = attention.mask(rows, False, 50), torch.zeros(1, 256, 1, 1)
+    mask, noise = attention.masks(rows, False, [50])[0], torch.zeros(1, 256, 1, 1)
     noise[:, 100] = 1
     with torch.no_grad():
         moved = attention.attend(q, k + noise, v + noise, mask) - attention.attend(q, k, v, mask)
@@ -166,7 +166,7 @@ def test_the_packed_operators_are_the_same(flash):
     with imported(ROOT / "packed" / "train_gpt.py") as program:
         [kind] = [c for c in vars(program).values() if getattr(c, "name", "") == "flash4"]
         packed, inputs, rows = kind(), heads(), some_rows()
-        out, expected = (f.attend(*inputs, f.mask(rows, True)) for f in (packed, flash))
+        out, expected = (f.attend(*inputs, f.masks(rows, True, [0])[0]) for f in (packed, flash))
         grads, same = (torch.autograd.grad(y.square().sum(), inputs) for y in (out, expected))
     torch.testing.assert_close((out, *grads), (expected, *same), atol=0, rtol=0)
 
@@ -198,9 +198,9 @@ def test_the_whole_model_compiles_around_each_backend(flash, make_cfg):
 
 def test_flash_attention_says_when_documents_find_no_room(flash):
     """A batch of more documents than entries is an error, not another result."""
-    flash.mask(torch.full((1, 256), BOS), True)
+    flash.masks(torch.full((1, 128), BOS), True, [0])
     flash.check()
-    flash.mask(torch.full((2, 512), BOS), True)
+    flash.masks(torch.full((2, 512), BOS), True, [0])
     with pytest.raises(GolfError, match="FLASH_ATTN=0"):
         flash.check()
 

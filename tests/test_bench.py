@@ -123,12 +123,12 @@ def test_device_events_time_phases_and_turns(monkeypatch):
 def test_parts_add_up_to_the_step(run):
     """The rest is forward_backward less the timed parts; every floor is positive."""
     shapes = {(p.O, p.I): 1.0 for p in step_time.products(run, True)}
-    shared = step_time.Shared(attention=2.0, products=shapes, ends=3.0, upkeep=0.5)
+    shared = step_time.Shared(attention=[5.0, 2.0], products=shapes, ends=3.0, upkeep=0.5)
     for looped, layers in ((False, 3), (True, 4)):
         parts = step_time.make_parts(make_bench(run), looped, shared, [100.0, 7.0, 1.0, 108.0])
         ms = {p.name: p.ms for p in parts}
         assert sum(ms.values()) == pytest.approx(108.0)
-        assert ms["attention kernel"] == 2.0 * layers
+        assert ms["attention kernel"] == 5.0 + 2.0 * (layers - 1)      # the last has no window
         assert ms["attention products"] == ms["MLP products"] == 2.0 * layers
         assert all(p.floor_ms > 0 for p in parts)
 
@@ -193,6 +193,8 @@ def test_two_ranks_share_a_step(monkeypatch, capsys, rank):
     else:
         ms, rate = re.search(r"plain: (\S+) ms per step, (\S+) tokens/s", out).groups()
         assert out.startswith("2 x CPU")
+        assert re.search(r"^all-reduce of \d+ MB of gradients: \S+ ms$", out, re.M)
+        assert re.search(r"^all-gathers of \d+ MB of updates: \S+ ms$", out, re.M)
         assert int(rate.replace(",", "")) == pytest.approx(64_000 / float(ms), rel=0.01, abs=1)
 
 

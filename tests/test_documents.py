@@ -150,7 +150,8 @@ def test_a_stream_without_bos(make_cfg, make_run, scores):
     torch.testing.assert_close(scores(cfg, data), want, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("change", [{}, WINDOWS], ids=["whole", "windows"])
+@pytest.mark.parametrize("change", [{}, WINDOWS, {**WINDOWS, "attention_window": 20}],
+                         ids=["whole", "windows", "windows longer than seq_len"])
 def test_a_long_document_is_seen_through_a_moving_window(make_cfg, make_run, scores, monkeypatch,
                                                          change):
     """Beyond seq_len each layer's query sees the last seq_len keys, rotated by their distance, or

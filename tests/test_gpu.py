@@ -80,7 +80,7 @@ grad = torch.randn(2, 512, 4, 128, device="cuda")
 grad[1] = 0
 def results(backend, inputs):
     inputs = [x.detach().requires_grad_() for x in inputs]
-    y = torch.compile(backend.attend, fullgraph=True)(*inputs, backend.mask(rows, True))
+    y = torch.compile(backend.attend, fullgraph=True)(*inputs, backend.masks(rows, True, [0])[0])
     return [y, *torch.autograd.grad(y, inputs, grad.to(y.dtype))]
 exact = results(Sdpa(), [x.float() for x in inputs])
 found = {}

@@ -17,7 +17,8 @@ import torch.nn.functional as F  # noqa: E402
 import train_gpt  # noqa: E402
 from conftest import PARTS, ROOT, imported  # noqa: E402
 from train_gpt import (  # noqa: E402
-    Activation, Config, FusedHeads, FusedMLP, kernels_fit, split_heads)
+    Activation, Config, FusedExclusion, FusedHeads, FusedMLP, exclude_self, kernels_fit,
+    split_heads)
 
 pytestmark = pytest.mark.filterwarnings(        # of the interpreter about NumPy
     "ignore:Conversion of an array:DeprecationWarning")
@@ -68,6 +69,22 @@ def test_the_heads_equal_their_twin(B, T, H, K, D, R, dtype, relative):
     twin = split_heads(*exact, angles.cos(), angles.sin())
     pairs = zip([*ours, *gradients(ours, args)], [*twin, *gradients(twin, exact)], strict=True)
     for a, b in pairs:
+        assert_near(a, b, relative)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype,relative", PRECISIONS)
+@pytest.mark.parametrize("B, T, H, K, D, R", HEADS[1:])     # the sum of a lone gate may cancel
+def test_the_exclusion_equals_its_twin(B, T, H, K, D, R, dtype, relative, gated):
+    """Outputs, and the gradients of heads, values and gates."""
+    shapes = [(B, T, H, D), (B, T, K, D), *[(B, T, H)] * gated]
+    args = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    exact = [a.detach().float().requires_grad_() for a in args]
+    none = [None] * (not gated)
+    ours, twin = FusedExclusion.apply(*args, *none), exclude_self(*exact, *none)
+    pairs = zip([ours, *gradients([ours], args)], [twin, *gradients([twin], exact)], strict=True)
+    for a, b in pairs:
+        assert a.dtype == dtype
         assert_near(a, b, relative)
 
 
