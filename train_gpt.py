@@ -83,8 +83,8 @@ def setting(default, low: float | None = None, below: float = 1 << 60):
     return field(default=default, metadata=dict(low=low, below=below))
 
 
-# A field's place in Config gives its group: from a field named here to the next one.  The groups
-# "model" and "scoring" travel in the artifact; another model is refused.
+# A field's place in Config gives its group: from a field named here to the next one.  The artifact
+# holds "model" and "scoring"; another "model" is refused, also for the lack of a new field.
 GROUPS = dict(recipe="run", data_dir="data", vocab_size="model", iterations="training",
               lookahead="optimizer", code_step="quantization", eval_stride="scoring")
 DIVISORS = (("num_heads", "model_dim"), ("num_kv_heads", "num_heads"), ("eval_stride", "seq_len"),
@@ -135,7 +135,7 @@ def find_problems(c):
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run, with its meaning and unit: TTT_LR=0.01 sets the field `ttt_lr`."""
-    recipe: str = "golf"  # named set of defaults; other settings override it
+    recipe: str = "golf"  # named set of defaults, which settings override; those here are pr1876's
     seed: int = setting(1337, low=0)  # fixes initial weights and data order
     run_id: str = ""  # name of the log and of the run's folder; empty = recipe and seed
     out_dir: str = "."  # folder of logs/ and runs/
@@ -954,7 +954,7 @@ class Context(NamedTuple):
     cos: Tensor                     # (T, 1, R) of the rotation angles
     sin: Tensor
     values: Tensor | None           # (B, T, K, D) value embedding of #1060
-    attend: Callable                # (q, k, v, windowed): the backend's, or that of a `Past`
+    attend: Callable                # (q, k, v, windowed): a backend's with its mask, or a `Past`'s
     tap: Callable | None            # tap(names, x) sees the input x of the matrices `names`
     fused: bool                     # run Triton kernels instead of their twins in PyTorch
 
@@ -1051,7 +1051,7 @@ def exclude_self(y: Tensor, v: Tensor, gate: Tensor | None = None) -> Tensor:
 
 
 class Sdpa:
-    """PyTorch's attention; documents are a dense mask, too slow for GPUs."""
+    """PyTorch's attention, base of the others; documents are a dense mask, too slow for GPUs."""
     name = "sdpa"
 
     def masks(self, tokens: Tensor, documents: bool, windows: list[int]) -> list:
@@ -1185,7 +1185,7 @@ class FlashAttention4(Sdpa):
 
 
 def choose_attention(cfg: Config, dist: Dist, compiled: Callable) -> Sdpa:
-    """The fastest attention that this machine has; raises ConfigError if FLASH_ATTN=4 is not."""
+    """FLASH_ATTN's, or the fastest here; document heads use `Past.attend`; raises ConfigError."""
     if cfg.flash_attn != "0":
         try:
             if not dist.on_cuda or torch.cuda.get_device_capability()[0] < 9:
@@ -1311,7 +1311,7 @@ class MLP(nn.Module):
         self.proj = Linear(cfg.hidden_dim, cfg.model_dim, None)
 
     def forward(self, x: Tensor, ctx: Context, scale: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C), outputs times `scale` (C,)."""
+        """From a normed x (B, T, C) to outputs (B, T, C) times `scale` (C,), fused on a GPU."""
         if ctx.fused:
             return FusedMLP.apply(x, self.fc.cast(x.dtype), self.proj.cast(x.dtype, scale))
         return self.proj(Activation.apply(self.fc(x, ctx)), ctx, scale)
@@ -1686,7 +1686,7 @@ class AdamW:
 
 
 def build_optimizers(cfg: Config, flat: Flat, dist: Dist) -> list:
-    """One optimiser per parameter group, each with `step` and the tensors of its `state`."""
+    """An optimiser for each group, with `step` and `state`; checkpoints number them in order."""
     betas = cfg.beta1, cfg.beta2
     optimizers = dict(embed=AdamW(flat, "embed", cfg.tied_embed_lr, cfg.embed_wd, betas),
                       scalar=AdamW(flat, "scalar", cfg.scalar_lr, cfg.adam_wd, betas),
@@ -2098,7 +2098,8 @@ def decode_range(segments: list[bytes], layout: dict) -> dict[str, Tensor]:
     return {n: tensors[n] for n in layout}
 
 
-# name -> (encode: tensors to segments, decode: segments and layout to tensors)
+# name -> (encode: tensors of any dtype to segments, decode: segments and layout to tensors, which
+# raises ValueError, LookupError or RuntimeError if they are damaged).  fit_artifact names "range".
 CODECS = dict(                                              # raw: for checkpoints
     raw=(lambda tensors: [tensor_bytes(tensors, shuffle=False)],
          lambda segments, layout: bytes_to_tensors(b"".join(segments), layout, shuffle=False)),
@@ -2322,7 +2323,7 @@ class DocumentScorer(Scorer):
 
 
 class Frozen:
-    """No test-time training; base class of learners, which never see the tally."""
+    """No test-time training; base of learners: some have a `forward`, none ever sees the tally."""
     learns = False
 
     def before(self, chunk: Chunk):
@@ -2368,10 +2369,10 @@ def report_score(name: str, tally: Tally, rt: Runtime, seconds: float) -> tuple[
 # ------------------------------------------------------------------------------------------------
 # Test-time training: learners, which adapt to a chunk after it has been scored
 # ------------------------------------------------------------------------------------------------
-# Score-first adaptation of parameter-golf #549/#1413/#1493, by documents of #1530.
+# Score-first, #549/#1413/#1493; documents: #1530.  use_artifact.evaluate_text chooses likewise.
 
 class SGD(Frozen):
-    """SGD with momentum on all weights, a few steps on each scored chunk."""
+    """Test-time SGD with momentum on all weights, a few steps on each scored chunk."""
     learns = True
     CLIP_NORM = 1.0         # of the global gradient norm
 
@@ -2422,7 +2423,7 @@ class DocumentHeads(Frozen):
         self.rates = run.cfg.ttt_lr * step / step.mean()                            # (V,)
 
     def before(self, chunk: Chunk):
-        """Begin a batch with unchanged heads and an empty memory."""
+        """At the first chunk of a batch: unchanged heads and an empty memory."""
         cfg, model, B = self.run.cfg, self.run.model, self.run.cfg.eval_batch_seqs
         if self.over:
             self.change = self.rates.new_zeros(B, cfg.model_dim + 1, cfg.vocab_size)

@@ -218,7 +218,7 @@ def text_stream(run: Run, bos: int, ids: list[int], count: int) -> train_gpt.Str
 
 
 def evaluate_text(run: Run, scorer: train_gpt.Scorer) -> train_gpt.Tally:
-    """Evaluate the scorer's stream as train_gpt.py does: its windows, chunks and learner."""
+    """Evaluate the scorer's stream as train_gpt.eval_stage does: its windows, chunks, learner."""
     n, learner = len(scorer.stream.bytes), train_gpt.Frozen()
     if by_documents(run.cfg):
         run = run._replace(cfg=replace(run.cfg, eval_batch_seqs=1))

@@ -446,6 +446,8 @@ def measure(cfg: Config, dist: Dist, args: argparse.Namespace):
               if args.graph in (None, graph) and (cfg.num_loops or not looped)]
     steps = {looped: report_step(bench, looped) for looped in graphs}
     shared = measure_shared(bench)
+    whole, windowed = shared.attention
+    say("", f"attention kernel of a layer: {whole:.2f} ms, with a window {windowed:.2f} ms")
     for looped, phases in steps.items():
         parts = make_parts(bench, looped, shared, phases)
         say("", f"{GRAPHS[looped]}, part by part", *part_lines(parts, phases[-1]))

@@ -151,6 +151,7 @@ def test_a_tiny_run(monkeypatch, capsys, tmp_path, settings, graphs):
     assert (code, err) == (0, "") and not list(tmp_path.iterdir())
     assert re.search(r"^ceilings: matrix product \S+ TFLOP/s, copy \S+ TB/s$", out, re.M)
     assert re.findall(r"^(\w+): \S+ ms per step, .* % MFU$", out, re.M) == graphs
+    assert re.search(r"^attention kernel of a layer: \S+ ms, with a window \S+ ms$", out, re.M)
     assert re.findall(r"^(\w+), part by part$", out, re.M) == graphs
     for graph in graphs:
         table = out.split(f"{graph}, part by part\n")[1].split("\n\n")[0].splitlines()
