@@ -1055,10 +1055,9 @@ class Sdpa:
     name = "sdpa"
 
     def masks(self, tokens: Tensor, documents: bool, windows: list[int]) -> list:
-        """What `attend` needs to know of tokens (B, T) for each window, of which 0 has no end.
-
-        That is nothing, or the pairs that see each other.
-        """
+        """Pairs of tokens (B, T) that see each other, for each window (0 = all); None: causal."""
+        if not documents and not any(windows):              # nothing to build for every batch
+            return [None] * len(windows)
         document = ((tokens == BOS) & documents).cumsum(1)                          # (B, T)
         visible = (document[:, None] == document[:, :, None]).tril()[:, None]       # (B, 1, T, T)
         return [visible.triu(1 - w) if w else visible if documents else None for w in windows]
@@ -1185,7 +1184,7 @@ class FlashAttention4(Sdpa):
 
 
 def choose_attention(cfg: Config, dist: Dist, compiled: Callable) -> Sdpa:
-    """FLASH_ATTN's, or the fastest here; document heads use `Past.attend`; raises ConfigError."""
+    """The fastest attention here, or FLASH_ATTN's; raises ConfigError if that does not run here."""
     if cfg.flash_attn != "0":
         try:
             if not dist.on_cuda or torch.cuda.get_device_capability()[0] < 9:
@@ -2369,7 +2368,8 @@ def report_score(name: str, tally: Tally, rt: Runtime, seconds: float) -> tuple[
 # ------------------------------------------------------------------------------------------------
 # Test-time training: learners, which adapt to a chunk after it has been scored
 # ------------------------------------------------------------------------------------------------
-# Score-first, #549/#1413/#1493; documents: #1530.  use_artifact.evaluate_text chooses likewise.
+# Score-first adaptation of parameter-golf #549/#1413/#1493, by documents of #1530.  eval_stage
+# chooses the learner, and for texts use_artifact.evaluate_text does, which must agree with it.
 
 class SGD(Frozen):
     """Test-time SGD with momentum on all weights, a few steps on each scored chunk."""
@@ -2999,8 +2999,8 @@ class FusedExclusion(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         y, v, gate = ctx.saved_tensors
-        dy, dv, dgate = (torch.empty_like(x) for x in (y, v, gate))
-        rows, D = v.shape[:3].numel(), v.size(3)
+        dy, dv, rows, D = torch.empty_like(y), torch.empty_like(v), v.shape[:3].numel(), v.size(3)
+        dgate = torch.empty_like(gate) if ctx.gated else dy         # ungated, no kernel writes it
         exclusion_backward[(-(-rows // ROWS),)](
             grad.contiguous(), y, v, gate, dy, dv, dgate, rows, ctx.gated,
             y.size(2) // v.size(2), D, ROWS)

@@ -347,7 +347,8 @@ def measure_shared(bench: Bench) -> Shared:
     flat, limit = bench.run.flat, bench.run.cfg.grad_clip_norm
     shapes = sorted({(p.O, p.I) for p in products(bench.run, False) if p.part != "head"})
     upkeep = [lambda: flat.buffer.zero_(), lambda: train_gpt.clip_gradient_(flat.grad, limit)]
-    return Shared([bench.time(attention_work(bench, windowed)) for windowed in (0, 1)],
+    whole, window = bench.time(attention_work(bench, 0)), bench.run.cfg.attention_window
+    return Shared([whole, bench.time(attention_work(bench, 1)) if window else whole],
                   {shape: bench.time(product_work(bench, shape)) for shape in shapes},
                   bench.time(ends_work(bench)),
                   time_phases(bench.dist, upkeep, bench.calls)[-1])
