@@ -105,6 +105,9 @@ def find_problems(c):
         a, b = getattr(c, part), getattr(c, whole)
         if b % a:
             yield f"{part.upper()}={a} does not divide {whole.upper()}={b}"
+    for name in ("smear_channels", "head_gate_channels"):
+        if getattr(c, name) > c.model_dim:
+            yield f"{name.upper()}={getattr(c, name)}: must be at most MODEL_DIM={c.model_dim}"
     for wrong, message in (
             (not c.ttt_documents and c.ttt_chunk_tokens % c.seq_len,
              f"SEQ_LEN={c.seq_len} does not divide TTT_CHUNK_TOKENS={c.ttt_chunk_tokens}"),

@@ -57,6 +57,8 @@ CONTRADICTIONS = [
     (dict(ttt_chunk_tokens=2047), "SEQ_LEN=2048 does not divide TTT_CHUNK_TOKENS=2047"),
     (dict(rope_dims=15), "ROPE_DIMS=15: must be even"),
     (dict(rope_dims=66), "ROPE_DIMS=66: must be even and at most the head width 64"),
+    (dict(smear_channels=513), "SMEAR_CHANNELS=513: must be at most MODEL_DIM=512"),
+    (dict(head_gate_channels=64, model_dim=32), "HEAD_GATE_CHANNELS=64: must be at most MODEL_DIM"),
     (dict(loop_start=6), "LOOP_START=6, LOOP_END=5"),
     (dict(loop_end=11), "LOOP_START=3, LOOP_END=11: must be layers in order, the last at most 10"),
     (dict(warmup_steps=0), "WARMUP_STEPS=0: a run on the wall clock compiles and then times"),
