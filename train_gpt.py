@@ -830,7 +830,7 @@ class CoprimePlan:
             beside = f", beside {HELD_OUT} held-out ones" if cfg.held_out_every else ""
             raise GolfError(f"{self.names[int(short.argmax())]}: shorter than one sequence of "
                             f"SEQ_LEN={cfg.seq_len} and its target{beside}; lower it")
-        self.batch, self.digest = 0, ""
+        self.batch, self.digest = 0, ""         # batches so far, and a digest of them
         self.key = hex_digest(cfg.seed, cfg.seq_len, cfg.batch_seqs, *self.names, *self.sizes)
         self.start_epoch(0)
 
@@ -878,11 +878,7 @@ class CoprimePlan:
             counts = self.draw_counts(rng, left, need)
             buckets += [self.next_blocks(i, counts[i]) for i in np.flatnonzero(counts)]
             need -= counts.sum()
-        return self.emit(interleave(rng, buckets))
-
-    def emit(self, windows: np.ndarray) -> np.ndarray:
-        """Count the batch and fold it into the plan's digest."""
-        self.batch += 1
+        windows, self.batch = interleave(rng, buckets), self.batch + 1
         self.digest = hex_digest(self.digest, windows.tobytes().hex())[:16]
         return windows
 
@@ -932,9 +928,9 @@ class Batches:
 
     def held_out(self) -> Tensor:
         """This rank's share of the held-out windows with their targets, (B, T + 1) int64."""
-        T = self.cfg.seq_len
-        tokens = torch.from_numpy(self.shards[-1].tokens[-HELD_OUT * T - 1:].astype(np.int64))
-        return self.dist.local_slice(tokens.unfold(0, T + 1, T)).to(self.dist.device)
+        T, rest = self.cfg.seq_len, self.shards[-1].tokens[self.plan.sizes[-1] - 1:]
+        windows = torch.from_numpy(rest.astype(np.int64)).unfold(0, T + 1, T)
+        return self.dist.local_slice(windows).to(self.dist.device)
 
     def close(self):
         """Stop reading and let go of the files."""
