@@ -1575,7 +1575,6 @@ class Flat:
                        for group in dict.fromkeys([*CODED, *(p.group for p in named.values())])}
         self.groups["muon"].sort(key=lambda n: (self.shapes[n], n))
         self.names = [n for group in self.groups.values() for n in group]
-        assert sorted(self.names) == sorted(named), "every parameter belongs to exactly one group"
         self.sizes = [named[n].numel() for n in self.names]
         self.group_sizes = [sum(named[n].numel() for n in names) for names in self.groups.values()]
         parts = [named[n].detach().flatten() for n in self.names]
@@ -1640,17 +1639,17 @@ def orthogonalize(G: Tensor, row_normalize: bool, dtype: torch.dtype) -> Tensor:
 
 
 class Muon:
-    """Nesterov momentum on the "muon" group, orthogonalised a stack at a time, shared by ranks."""
+    """Nesterov momentum on a group of stacks, orthogonalised one at a time, shared by ranks."""
 
-    def __init__(self, cfg: Config, flat: Flat, dist: Dist):
-        self.cfg, self.flat, self.dist = cfg, flat, dist
+    def __init__(self, cfg: Config, flat: Flat, dist: Dist, group: str):
+        self.cfg, self.flat, self.dist, self.grad = cfg, flat, dist, flat.part(flat.grad, group)
         self.orthogonalize = compiler(cfg, dist)(orthogonalize)
-        self.state = dict(momentum=torch.zeros_like(flat.part(flat.grad, "muon")))
+        self.state = dict(momentum=torch.zeros_like(self.grad))
 
     def step(self, lr_scale: float, momentum: float):
         """Move the matrices along the gradient, which is overwritten."""
-        cfg, grad = self.cfg, self.flat.part(self.flat.grad, "muon")
-        lr, average = cfg.matrix_lr * lr_scale, self.state["momentum"]
+        cfg, grad, average = self.cfg, self.grad, self.state["momentum"]
+        lr = cfg.matrix_lr * lr_scale
         torch.add(grad, average, alpha=momentum, out=average)
         grad.add_(average, alpha=momentum)                  # Nesterov
         for (_, G), (_, W) in zip(self.flat.stacks(grad), self.flat.stacks(self.flat.data)):
@@ -1669,10 +1668,12 @@ class Muon:
 class AdamW:
     """torch.optim.AdamW on the slice of the flat vector that holds one group."""
 
-    def __init__(self, flat: Flat, group: str, lr: float, weight_decay: float, betas: tuple):
-        self.lr, p = lr, nn.Parameter(flat.part(flat.data, group))
+    def __init__(self, cfg: Config, flat: Flat, dist: Dist, group: str):
+        rates = dict(embed=(cfg.tied_embed_lr, cfg.embed_wd), scalar=(cfg.scalar_lr, cfg.adam_wd))
+        (self.lr, decay), p = rates[group], nn.Parameter(flat.part(flat.data, group))
         p.grad = flat.part(flat.grad, group)
-        self.adam = torch.optim.AdamW([p], lr, betas, weight_decay=weight_decay, fused=p.is_cuda)
+        self.adam = torch.optim.AdamW([p], self.lr, (cfg.beta1, cfg.beta2), weight_decay=decay,
+                                      fused=p.is_cuda)
         self.state = self.adam.state[p] = dict(
             step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
             exp_avg_sq=torch.zeros_like(p))
@@ -1683,14 +1684,13 @@ class AdamW:
         self.adam.step()
 
 
-def build_optimizers(cfg: Config, flat: Flat, dist: Dist) -> list:
-    """An optimiser for each group, with `step` and `state`; checkpoints number them in order."""
-    betas = cfg.beta1, cfg.beta2
-    optimizers = dict(embed=AdamW(flat, "embed", cfg.tied_embed_lr, cfg.embed_wd, betas),
-                      scalar=AdamW(flat, "scalar", cfg.scalar_lr, cfg.adam_wd, betas),
-                      muon=Muon(cfg, flat, dist))
-    assert set(optimizers) == set(flat.groups), "every group has its optimiser"
-    return list(optimizers.values())
+OPTIMIZERS = dict(embed=AdamW, scalar=AdamW, muon=Muon)     # of each group
+
+
+def build_optimizers(cfg: Config, flat: Flat, dist: Dist) -> dict:
+    """The optimiser of each group, with `step` and `state`."""
+    assert set(OPTIMIZERS) == set(flat.groups), "every group has its optimiser"
+    return {group: kind(cfg, flat, dist, group) for group, kind in OPTIMIZERS.items()}
 
 
 class Schedule:
@@ -2495,8 +2495,8 @@ def build_run(cfg: Config, dist: Dist, log: Log) -> Run:
     model.hidden, model.per_token_loss = compiled(model.hidden), compiled(model.per_token_loss)
     log("model", params=len(flat.data), kernels=model.fused, attention=attention.name)
     for name, names in flat.groups.items():
-        log("group", name=name, optimizer="muon" if name == "muon" else "adamw",
-            tensors=len(names), params=len(flat.part(flat.data, name)))
+        log("group", name=name, optimizer=OPTIMIZERS[name].__name__.lower(), tensors=len(names),
+            params=len(flat.part(flat.data, name)))
     return Run(cfg, Runtime(dist, log, Clock(cfg)), model, flat, model.forward, capture)
 
 
@@ -2531,7 +2531,7 @@ class TrainState:
         if ahead := schedule.lookahead(progress):
             weights.lerp_(self.trail, -ahead)
         forward_backward(self.run, rows, self.looped)
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers.values():
             optimizer.step(schedule.lr_scale(progress), schedule.momentum(self.step))
         if schedule.cfg.lookahead:
             self.trail.lerp_(weights, 1 - schedule.decay(schedule.TRAIL))
@@ -2540,7 +2540,7 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state by name, not copied."""
-        moments = {f"optimizer{i}.{name}": t for i, optimizer in enumerate(self.optimizers)
+        moments = {f"{group}.{name}": t for group, optimizer in self.optimizers.items()
                    for name, t in optimizer.state.items()}
         return dict(weights=self.run.flat.data, ema=self.ema, trail=self.trail, **moments)
 

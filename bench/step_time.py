@@ -296,7 +296,7 @@ def step_phases(bench: Bench, looped: bool) -> list[Callable]:
     run, state = bench.run, bench.state
     ema_weight = 1 - state.schedule.decay(run.cfg.ema_horizon_frac)
     return [lambda: train_gpt.forward_backward(run, bench.rows, looped),
-            lambda: [o.step(1.0, run.cfg.muon_momentum) for o in state.optimizers],
+            lambda: [o.step(1.0, run.cfg.muon_momentum) for o in state.optimizers.values()],
             lambda: state.ema.lerp_(run.flat.data, ema_weight)]
 
 

@@ -42,7 +42,7 @@ class Optimizers:
 
     def __init__(self, cfg: Config):
         self.cfg, self.flat = cfg, stirred_flat(cfg)
-        self.all = build_optimizers(cfg, self.flat, train_gpt.Dist({}))
+        self.all = build_optimizers(cfg, self.flat, train_gpt.Dist({})).values()
 
     def step(self, gradient: torch.Tensor, lr_scale: float = 1.0, momentum: float = 0.95):
         """One step of all on a flat gradient."""
@@ -219,6 +219,19 @@ def test_steps_continue_from_a_state(cfg):
         assert not torch.equal(*(o.flat.part(o.flat.data, group) for o in (fresh, ours))), group
 
 
+def test_another_optimiser_is_named_in_one_place(cfg, make_run, quiet, monkeypatch):
+    """The log takes an optimiser's name from its class, and a checkpoint those of its tensors."""
+    class Lion(train_gpt.AdamW):
+        """A third kind of optimiser."""
+    monkeypatch.setitem(train_gpt.OPTIMIZERS, "embed", Lion)
+    names = set(TrainState(make_run(cfg), 10, True).tensors())
+    logged = [(v["name"], v["optimizer"]) for event, v in quiet.events if event == "group"]
+    assert logged == [("muon", "muon"), ("embed", "lion"), ("scalar", "adamw")]
+    assert names == {"weights", "ema", "trail", "muon.momentum", *(
+        f"{group}.{name}" for group in ("embed", "scalar")
+        for name in ("step", "exp_avg", "exp_avg_sq"))}
+
+
 # ------------------------------------------------------------------------------------------------
 # Ranks
 # ------------------------------------------------------------------------------------------------
@@ -229,10 +242,10 @@ def test_steps_continue_from_a_state(cfg):
 def test_ranks_split_a_stack(cfg, world, N, shape):
     """The ranks' equal parts together are what one rank computes, whatever is left to the last."""
     flat, G = stirred_flat(cfg), torch.randn(N, *shape)
-    alone = Muon(cfg, flat, train_gpt.Dist({})).orthogonalize_sharded(G)
+    alone = Muon(cfg, flat, train_gpt.Dist({}), "muon").orthogonalize_sharded(G)
     dists = [ranked(rank, world) for rank in range(world)]
     for dist in dists:
-        Muon(cfg, flat, dist).orthogonalize_sharded(G)
+        Muon(cfg, flat, dist, "muon").orthogonalize_sharded(G)
     parts = [part for dist in dists for part in dist.parts]
     assert {p.shape for p in parts} == {(-(-N // world), *shape)} and len(parts) == world
     torch.testing.assert_close(torch.cat(parts)[:N], alone, atol=1e-6, rtol=1e-5)

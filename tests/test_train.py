@@ -216,7 +216,7 @@ def test_overfits_one_batch(make_cfg, make_run):
     rows = torch.randint(VOCAB, (4, 33), generator=torch.Generator().manual_seed(1))
     for _ in range(60):
         train_gpt.forward_backward(run, rows, True)
-        for optimizer in optimizers:
+        for optimizer in optimizers.values():
             optimizer.step(1.0, 0.95)
     assert run.flat.loss.item() < 1.0 < math.log(VOCAB)
 
