@@ -481,18 +481,11 @@ class Log:
             except OSError as e:
                 raise GolfError(f"{self.path}: cannot be written ({e.strerror})") from None
 
-    def bar(self, what: str, total: float):
-        """A progress bar of `total` units, which is drawn on a terminal only."""
+    def track(self, items: Iterable | None, what: str, total: float) -> tqdm:
+        """A bar of `total` units over `items`, or moved by hand; drawn on a terminal only."""
         form = "{desc} {percentage:3.0f} % {bar:20} {remaining} left{postfix}"
-        return tqdm(total=total, desc=what, leave=False, bar_format=form, dynamic_ncols=True,
+        return tqdm(items, what, total, leave=False, bar_format=form, dynamic_ncols=True,
                     disable=not self.on_terminal)
-
-    def track(self, items: Iterable, what: str, total: int):
-        """Yield `items`, drawing a progress bar."""
-        with self.bar(what, total) as bar:
-            for item in items:
-                yield item
-                bar.update(1)
 
 
 class Clock:
@@ -2590,7 +2583,7 @@ def warm_up(run: Run) -> tuple[dict[bool, float], float]:
     for looped in (False, True)[:1 + recurrent]:
         started, graph, state.looped = time.perf_counter(), "looped" if looped else "plain", looped
         step = partial(state.train_step, rows, 0.0)
-        with log.bar(f"warming up the {graph} step", 1):
+        with log.track(None, f"warming up the {graph} step", 1):
             seconds[looped] = median_seconds(dist, cfg.warmup_steps, step)
         log("warm_up", graph=graph, step_ms=1000 * seconds[looped],
             seconds=time.perf_counter() - started)
@@ -2691,7 +2684,7 @@ def train(run: Run, state: TrainState, batches: Batches, budget: float) -> str:
     clock.start(state.seconds)
     now = saved = state.seconds                             # `now` is extrapolated between reads
     read = logged = state.step, state.seconds
-    with StopRequest() as stop, log.bar("training", 100) as bar:
+    with StopRequest() as stop, log.track(None, "training", 100) as bar:
         while not reason:
             progress = max(state.step / cfg.iterations, now / budget if budget else 0.0)
             if schedule.looped(progress) and not state.looped:
@@ -3127,7 +3120,7 @@ def warm_up_scoring(run: Run, forward: Callable):
     """Compile every shape that scoring and SGD use, on random tokens."""
     cfg, (dist, log, _) = run.cfg, run.rt
     started, shape = time.perf_counter(), (cfg.eval_batch_seqs, cfg.seq_len)
-    with log.bar("warming up scoring", 1), torch.no_grad():
+    with log.track(None, "warming up scoring", 1), torch.no_grad():
         tokens = torch.randint(cfg.vocab_size, shape, device=dist.device)
         for tail in {cfg.seq_len, cfg.eval_stride}:
             forward(tokens, tokens[:, -tail:].contiguous(), precise=True)       # as in score_batch

@@ -140,13 +140,9 @@ class QuietLog:
         """Remember a raw line."""
         self.lines.append(text)
 
-    def bar(self, what: str, total: float):
+    def track(self, items, what: str, total: float):
         """A progress bar that draws nothing."""
-        return tqdm(disable=True)
-
-    def track(self, items, what: str, total: int):
-        """The items, without a progress bar."""
-        return items
+        return tqdm(items, disable=True)
 
     def of(self, event: str) -> list[dict]:
         """The values of all events of one name, in order."""
