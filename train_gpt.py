@@ -1999,26 +1999,10 @@ def bytes_to_tensors(raw: bytes, layout: dict, shuffle: bool) -> dict[str, Tenso
     return tensors
 
 
-def brotli_decompress(data: bytes, limit: int) -> bytes:
-    """Decompress `data` to at most `limit` bytes; raises ValueError."""
-    decoder = brotli.Decompressor()
-    try:
-        out = decoder.process(data, output_buffer_limit=limit + 1)
-    except brotli.error as e:
-        raise ValueError(str(e)) from None
-    if len(out) > limit or not decoder.is_finished():
-        raise ValueError("compressed data has the wrong length")
-    return out
-
-
-def in_file_order(layout: dict) -> dict:
-    """{name: (dtype, shape)} sorted by dtype and name, the order in which files hold tensors."""
-    return dict(sorted(layout.items(), key=lambda item: (item[1][0], item[0])))
-
-
 def layout_of(tensors: dict[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{name: (dtype, shape)} of tensors, in the order in which files hold them."""
-    return in_file_order({n: (str(t.dtype)[6:], tuple(t.shape)) for n, t in tensors.items()})
+    """{name: (dtype, shape)} of tensors by dtype and name, the order in which files hold them."""
+    layout = {n: (str(t.dtype)[6:], tuple(t.shape)) for n, t in tensors.items()}
+    return dict(sorted(layout.items(), key=lambda item: (item[1][0], item[0])))
 
 
 def split_layout(layout: dict) -> tuple[dict, dict]:
@@ -2076,8 +2060,7 @@ def encode_range(tensors: dict[str, Tensor]) -> list[bytes]:
 def decode_range(segments: list[bytes], layout: dict) -> dict[str, Tensor]:
     """Inverse of `encode_range`."""
     coded, rest = split_layout(layout)
-    length = sum(getattr(torch, kind).itemsize * math.prod(shape) for kind, shape in rest.values())
-    tensors = bytes_to_tensors(brotli_decompress(segments[0], length), rest, shuffle=True)
+    tensors = bytes_to_tensors(brotli.decompress(segments[0]), rest, shuffle=True)
     words = np.frombuffer(segments[1], "<u4").astype(np.uint32)
     coder, models = constriction.stream.queue.RangeDecoder(words), class_models(tensors[()].numpy())
     for n, (O, I) in coded.items():
@@ -2090,7 +2073,7 @@ def decode_range(segments: list[bytes], layout: dict) -> dict[str, Tensor]:
 
 
 # name -> (encode: tensors of any dtype to segments, decode: segments and layout to tensors, which
-# raises ValueError, LookupError or RuntimeError if they are damaged).  fit_artifact names "range".
+# raises what `Container.tensors` catches if they are damaged).  fit_artifact names "range".
 CODECS = dict(                                              # raw: for checkpoints
     raw=(lambda tensors: [tensor_bytes(tensors, shuffle=False)],
          lambda segments, layout: bytes_to_tensors(b"".join(segments), layout, shuffle=False)),
@@ -2126,8 +2109,8 @@ class Container(NamedTuple):
                 raise GolfError(f"{self.path}: {ascii(name)} is {theirs}, this model's is {ours}; "
                                 "use the settings that it was made with")
         try:
-            return CODECS[self.codec][1](self.segments, expected)
-        except (ValueError, LookupError, RuntimeError) as e:
+            return CODECS[self.codec][1](self.segments, self.layout)
+        except (ValueError, LookupError, RuntimeError, brotli.error) as e:
             raise GolfError(f"{self.path}: damaged ({e}); make it again") from None
 
 
@@ -2143,7 +2126,7 @@ def open_container(path: Path, kind: str) -> Container:
             raise ValueError("no container of this version")
         if hashlib.sha256(memoryview(data)[at:]).digest() != data[at - 32:at]:
             raise ValueError("checksum differs")
-        header = json.loads(brotli_decompress(data[at:end], 1 << 20))
+        header = json.loads(brotli.decompress(data[at:end]))
         if header["kind"] != kind:
             raise ValueError(f"it is a {header['kind']}")
         bounds = [end, *itertools.accumulate(header["segments"], initial=end)][1:]
@@ -2152,7 +2135,7 @@ def open_container(path: Path, kind: str) -> Container:
         return Container(path, header["meta"], header["codec"], layout, segments)
     except OSError as e:
         raise GolfError(f"{path}: cannot be read ({e.strerror}); run its stage first") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, brotli.error) as e:
         raise GolfError(f"{path}: damaged or no {kind} ({e}); make it again") from None
 
 
@@ -2162,7 +2145,7 @@ def artifact_layout(flat: Flat) -> dict[str, tuple[str, tuple[int, ...]]]:
     for name in (n for group in CODED for n in flat.groups[group]):
         layout[name] = "int8", flat.shapes[name]
         layout[f"{name}.step"] = "int8", flat.shapes[name][:1]
-    return in_file_order(layout)
+    return layout
 
 
 def check_made_for(container: Container, cfg: Config):
