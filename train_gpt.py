@@ -1087,7 +1087,6 @@ class FlexAttention(Sdpa):
         return [self.create(within(w or T), B, None, T, T, tokens.device) for w in windows]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-        """As `Sdpa.attend`."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
@@ -1139,14 +1138,12 @@ class FlashAttention4(Sdpa):
 
         def shapes_backward(grad, *saved):
             return tuple(torch.empty_like(x) for x in saved[:3])
-        for name, inputs, outputs, function, shapes in (
-                ("forward", "q k v starts", 2, forward, shapes_forward),
-                ("backward", "grad q k v out lse starts", 3, backward, shapes_backward)):
-            taken = ", ".join(f"Tensor {x}" for x in inputs.split())
-            given = ", ".join(["Tensor"] * outputs)
-            torch.library.custom_op(
-                f"golf::flash_{name}", function, mutates_args=(),
-                schema=f"({taken}, int window) -> ({given})").register_fake(shapes)
+        operator = partial(torch.library.custom_op, mutates_args=())
+        operator("golf::flash_forward", forward, schema="(Tensor q, Tensor k, Tensor v, Tensor "
+                 "starts, int window) -> (Tensor, Tensor)").register_fake(shapes_forward)
+        operator("golf::flash_backward", backward, schema="(Tensor grad, Tensor q, Tensor k, "
+                 "Tensor v, Tensor out, Tensor lse, Tensor starts, int window) -> (Tensor, Tensor, "
+                 "Tensor)").register_fake(shapes_backward)
         self.crowded = torch.tensor(False)
 
     def masks(self, tokens: Tensor, documents: bool, windows: list[int]) -> list:
@@ -1170,7 +1167,6 @@ class FlashAttention4(Sdpa):
                             "FLASH_ATTN=0")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: tuple[Tensor, int]) -> Tensor:
-        """As `Sdpa.attend`."""
         flat = (x.flatten(0, 1) for x in (q, k, v))
         return FlashFunction.apply(*flat, *mask).view_as(q)
 
