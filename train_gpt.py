@@ -1440,17 +1440,16 @@ class GPT(nn.Module):
         self.tok_emb = param(table, "embed")                                        # (V, C)
         self.layers = nn.ModuleList(Block(cfg, i, rng) for i in range(cfg.num_layers))
         self.extras = Extras(cfg, rng) if cfg.extras_1060 else None
-        two_lanes = range(max(0, cfg.num_layers - cfg.two_lanes), cfg.num_layers)
-        if set(two_lanes) & set(layer_schedule(cfg, True)[0]):
+        encoder, _ = layer_schedule(cfg, looped=True)
+        if any(self.layers[i].two_lanes for i in encoder):
             raise ConfigError(f"TWO_LANES={cfg.two_lanes}: its layers must all be in the second "
                               "half of the schedule; lower it")
         if cfg.smear_channels:
             self.smear_weight = param(torch.zeros(1, cfg.smear_channels), "scalar")
             self.smear_strength = param(torch.zeros(1), "scalar")
-        skips = len(layer_schedule(cfg, True)[0])
-        self.skip_weights = param(torch.ones(skips, cfg.model_dim), "scalar")
+        self.skip_weights = param(torch.ones(len(encoder), cfg.model_dim), "scalar")
         if cfg.skip_gates_enabled:
-            self.skip_gates = param(torch.zeros(skips, cfg.model_dim), "scalar")
+            self.skip_gates = param(torch.zeros_like(self.skip_weights), "scalar")
         angles = rotary_angles(cfg, torch.arange(cfg.seq_len))[:, None]             # (T, 1, R)
         self.register_buffer("cos", angles.cos().to(dtype), persistent=False)
         self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
