@@ -453,9 +453,8 @@ class Log:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = path.open("a", encoding="utf-8", errors="backslashreplace")
-                with suppress(ImportError):                 # not on Windows, where main() refuses
-                    import fcntl
-                    fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                import fcntl                                # not on Windows, where main() refuses
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if "train" in cfg.stage_list and not cfg.resume:
                     self.file.truncate(0)
             except BlockingIOError:
@@ -905,7 +904,7 @@ class Batches:
 
     def read(self) -> tuple[Tensor, dict]:
         """The next batch with its targets, (B, T + 1) uint16, and the plan's state after it."""
-        windows = self.plan.next()[self.dist.rank::self.dist.world]
+        windows = self.dist.local_slice(self.plan.next())
         shape, pinned = (len(windows), self.cfg.seq_len + 1), self.dist.on_cuda
         tokens = torch.empty(shape, dtype=torch.uint16, pin_memory=pinned)
         for row, (i, offset) in zip(tokens.numpy(), windows):
@@ -2460,9 +2459,7 @@ def build_run(cfg: Config, dist: Dist, log: Log) -> Run:
     attention = choose_attention(cfg, dist, compiled)
     model = GPT(cfg, dist.dtype, kernels_fit(cfg, dist), attention)
     flat, inputs = Flat(model, dist.device), compiled(model.capture_linear_inputs)
-
-    def capture(tokens: Tensor, looped: bool) -> list:
-        return inputs(tokens, model.mask(tokens), looped)
+    capture = lambda tokens, looped: inputs(tokens, model.mask(tokens), looped)
     model.hidden, model.per_token_loss = compiled(model.hidden), compiled(model.per_token_loss)
     log("model", params=len(flat.data), kernels=model.fused, attention=attention.name)
     for name, names in flat.groups.items():
@@ -2634,13 +2631,10 @@ class StopRequest:
 @torch.no_grad()
 def held_out_loss(run: Run, rows: Tensor, looped: bool) -> float:
     """Nats per target of held-out windows, of which `rows` (B, T + 1) are this rank's."""
-    sums = rows.new_zeros(2, dtype=torch.float64)           # of nats, of targets
+    nats = rows.new_zeros((), dtype=torch.float64)
     for part in rows.split(run.cfg.micro_batch_seqs):
-        nll = run.forward(part[:, :-1], part[:, 1:], looped)
-        sums[0] += nll.double().sum()
-        sums[1] += nll.numel()
-    nats, targets = run.rt.dist.all_reduce_(sums).tolist()
-    return nats / targets
+        nats += run.forward(part[:, :-1], part[:, 1:], looped).double().sum()
+    return run.rt.dist.all_reduce_(nats).item() / (HELD_OUT * run.cfg.seq_len)
 
 
 READ_SECONDS = 1.0      # between two reads of the device; each drains its queue once
