@@ -2572,7 +2572,7 @@ def warm_up(run: Run) -> tuple[dict[bool, float], float]:
 def plan_run(run: Run) -> tuple[float, int, bool, int]:
     """Warm up, and divide the wall clock between training and calibration; raises GolfError.
 
-    Returns: seconds of training (0 = no limit), expected steps, recurrence, calibration batches.
+    Returns: seconds of training (inf = no limit), expected steps, recurrence, calibration batches.
     """
     cfg, log, limit = run.cfg, run.rt.log, run.cfg.max_wallclock_seconds
     seconds, batch = warm_up(run) if cfg.warmup_steps else ({}, 0.0)
@@ -2604,7 +2604,7 @@ def plan_run(run: Run) -> tuple[float, int, bool, int]:
         total = min(total, int(steps))
         log("budget", train_s=limit - reserve, reserve_s=reserve, limit_s=limit,
             expected_steps=total)
-    return limit and limit - reserve, total, recurrent, count
+    return limit - reserve if limit else math.inf, total, recurrent, count
 
 
 class StopRequest:
@@ -2649,26 +2649,25 @@ def train(run: Run, state: TrainState, batches: Batches, budget: float) -> str:
     """
     cfg, (dist, log, clock), schedule = run.cfg, run.rt, state.schedule
     step_seconds, first = 0.0, state.step + 1
-    # A training that is resumed may be over already.
-    reason = ("iterations" if state.step >= cfg.iterations else
-              "wallclock" if budget and state.seconds >= budget else "")
+    ended = lambda now: ("iterations" if state.step >= cfg.iterations else
+                         "wallclock" if now >= budget else "")
+    reason = ended(state.seconds)           # a training that is resumed may be over already
     dist.barrier()
     clock.start(state.seconds)
     now = saved = state.seconds                             # `now` is extrapolated between reads
     read = logged = state.step, state.seconds
     with StopRequest() as stop, log.track(None, "training", 100) as bar:
         while not reason:
-            progress = max(state.step / cfg.iterations, now / budget if budget else 0.0)
+            progress = max(state.step / cfg.iterations, now / budget)
             if schedule.looped(progress) and not state.looped:
                 state.looped, (encoder, decoder) = True, layer_schedule(cfg, True)
                 log("loop_on", n=state.step + 1, frac=progress, elapsed_s=now, encoder=encoder,
                     decoder=decoder)
             state.train_step(batches.next(), progress)
             now += step_seconds
-            done, log_due = state.step >= cfg.iterations, state.step % cfg.train_log_every == 0
+            log_due, late = state.step % cfg.train_log_every == 0, now - read[1] >= READ_SECONDS
             held_out_due = cfg.held_out_every and state.step % cfg.held_out_every == 0
-            late = now - read[1] >= READ_SECONDS or (budget and now >= budget)
-            if not (done or log_due or held_out_due or late or state.step == first):
+            if not (ended(now) or log_due or held_out_due or late or state.step == first):
                 continue
             loss = run.flat.loss.item()                     # waits for the device
             run.model.attention.check()
@@ -2678,8 +2677,7 @@ def train(run: Run, state: TrainState, batches: Batches, budget: float) -> str:
             if not math.isfinite(loss):
                 raise GolfError(f"step {state.step}: the training loss is {loss}; lower MATRIX_LR "
                                 "or TIED_EMBED_LR")
-            reason = ("signal" if asked else "iterations" if done else
-                      "wallclock" if budget and now >= budget else "")
+            reason = "signal" if asked else ended(now)
             if log_due or reason or state.step == 1:
                 dist.check_same("the order of training data", state.loader["digest"])
                 step_s = (now - logged[1]) / (state.step - logged[0])
