@@ -3103,13 +3103,13 @@ def warm_up_scoring(run: Run, forward: Callable):
 
 
 def score(scorer: Scorer, name: str, plan: list[Chunk], learner: Frozen, timed: bool):
-    """Evaluate and report one pass; `timed`: on the scoring clock."""
+    """Evaluate and report a pass, on the scoring clock if `timed`: (name, nats per token, bpb)."""
     rt, started = scorer.rt, time.perf_counter()
     tally = evaluate(scorer, plan, learner)
     rt.dist.barrier()
     seconds = rt.dist.all_reduce_max(time.perf_counter() - started)[0]
     rt.clock.eval_seconds += seconds if timed else 0.0
-    return report_score(name, tally, rt, seconds)
+    return name, *report_score(name, tally, rt, seconds)
 
 
 def eval_stage(run: Run, weights: dict[str, Tensor], identity: Identity) -> dict:
@@ -3133,17 +3133,18 @@ def eval_stage(run: Run, weights: dict[str, Tensor], identity: Identity) -> dict
         run.flat.data.copy_(vector)
         score(scorer, name, plain, Frozen(), timed=False)
     dequantize(tensors, run.flat)
-    name, (loss, bpb) = "quantized", score(scorer, "quantized", plain, Frozen(), timed=True)
+    headline = score(scorer, "quantized", plain, Frozen(), timed=True)
     if cfg.sliding_enabled:
-        name, (loss, bpb) = "sliding", score(scorer, "sliding", sliding, Frozen(), timed=True)
+        headline = score(scorer, "sliding", sliding, Frozen(), timed=True)
     if cfg.ttt_enabled and cfg.ttt_documents:
         learner = DocumentHeads(run, container.meta["looped"])
         scorer = DocumentScorer(cfg, rt, learner.forward, stream)
         plan = document_plan(stream.tokens, cfg, rt.dist.world)
-        name, (loss, bpb) = "ttt", score(scorer, "ttt", plan, learner, timed=True)
+        headline = score(scorer, "ttt", plan, learner, timed=True)
     elif cfg.ttt_enabled:                                   # last: it leaves other weights behind
         learner = SGD(run, forward, stream, len(sliding))
-        name, (loss, bpb) = "ttt", score(scorer, "ttt", sliding, learner, timed=True)
+        headline = score(scorer, "ttt", sliding, learner, timed=True)
+    name, loss, bpb = headline
     block = dict(val_bpb=bpb, val_loss=loss, score=name, train_seconds=rt.clock.train_seconds,
                  data_seconds=rt.clock.data_seconds, eval_seconds=rt.clock.eval_seconds,
                  steps=container.meta["steps"], **sizes, seed=cfg.seed)
