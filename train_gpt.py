@@ -87,8 +87,6 @@ def setting(default, low: float | None = None, below: float = 1 << 60):
 # holds "model" and "scoring"; another "model" is refused, also for the lack of a new field.
 GROUPS = dict(recipe="run", data_dir="data", vocab_size="model", iterations="training",
               lookahead="optimizer", code_step="quantization", eval_stride="scoring")
-DIVISORS = (("num_heads", "model_dim"), ("num_kv_heads", "num_heads"), ("eval_stride", "seq_len"),
-            ("seq_len", "train_batch_tokens"))
 
 
 def find_problems(c):
@@ -101,7 +99,8 @@ def find_problems(c):
                 yield f"{name}={value}: must be {'positive' if low is None else f'at least {low}'}"
             if value >= below:
                 yield f"{name}={value}: must be below {below}"
-    for part, whole in DIVISORS:
+    for part, whole in (("num_heads", "model_dim"), ("num_kv_heads", "num_heads"),
+                        ("eval_stride", "seq_len"), ("seq_len", "train_batch_tokens")):
         a, b = getattr(c, part), getattr(c, whole)
         if b % a:
             yield f"{part.upper()}={a} does not divide {whole.upper()}={b}"
@@ -347,12 +346,11 @@ class Dist:
     def __init__(self, env=os.environ):
         """Join the process group that torchrun describes in `env`; raises ConfigError."""
         values = {n: env.get(n, d) for n, d in dict(WORLD_SIZE=1, RANK=0, LOCAL_RANK=0).items()}
-        self.world, self.rank, self.local_rank = (parse_as(int, v) for v in values.values())
+        ranks = self.world, self.rank, self.local_rank = [parse_as(int, v) for v in values.values()]
         port = parse_as(int, env.get("MASTER_PORT", "")) or 0
         launched = all(n in env for n in (*values, "MASTER_ADDR")) and 0 < port < 1 << 16
-        whole = None not in (self.world, self.rank, self.local_rank)
-        if not (whole and 0 <= self.rank < self.world < 1 << 16 and self.local_rank >= 0
-                and (launched or self.world == 1)):
+        if not (None not in ranks and 0 <= self.rank < self.world < 1 << 16
+                and self.local_rank >= 0 and (launched or self.world == 1)):
             raise ConfigError(" ".join(f"{n}={v}" for n, v in values.items()) + ", MASTER_PORT: "
                               "no launcher's; start with torchrun, or unset WORLD_SIZE and RANK")
         self.is_main = self.rank == 0
@@ -1134,15 +1132,12 @@ class FlashAttention4(Sdpa):
 
         def shapes_forward(q, *rest):
             return q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
-
-        def shapes_backward(grad, *saved):
-            return tuple(torch.empty_like(x) for x in saved[:3])
         operator = partial(torch.library.custom_op, mutates_args=())
         operator("golf::flash_forward", forward, schema="(Tensor q, Tensor k, Tensor v, Tensor "
                  "starts, int window) -> (Tensor, Tensor)").register_fake(shapes_forward)
         operator("golf::flash_backward", backward, schema="(Tensor grad, Tensor q, Tensor k, "
                  "Tensor v, Tensor out, Tensor lse, Tensor starts, int window) -> (Tensor, Tensor, "
-                 "Tensor)").register_fake(shapes_backward)
+                 "Tensor)").register_fake(lambda grad, *saved: [*map(torch.empty_like, saved[:3])])
         self.crowded = torch.tensor(False)
 
     def masks(self, tokens: Tensor, documents: bool, windows: list[int]) -> list:
@@ -1564,8 +1559,7 @@ class Flat:
         self.names = [n for group in self.groups.values() for n in group]
         self.sizes = [named[n].numel() for n in self.names]
         self.group_sizes = [sum(named[n].numel() for n in names) for names in self.groups.values()]
-        parts = [named[n].detach().flatten() for n in self.names]
-        self.data = torch.cat(parts).to(device)                                     # (P,)
+        self.data = torch.cat([named[n].detach().flatten() for n in self.names]).to(device)  # (P,)
         self.buffer = torch.zeros(len(self.data) + 1, device=device)
         self.grad, self.loss = self.buffer[:-1], self.buffer[-1:]
         self.steps = {}         # of coded rows, by name, once an artifact has been read
@@ -2436,8 +2430,7 @@ class DocumentHeads(Frozen):
 # ------------------------------------------------------------------------------------------------
 # Training: one loop on the wall clock, after an untimed warm-up that compiles and measures
 # ------------------------------------------------------------------------------------------------
-# The clock starts after every graph has been compiled and every weight restored: warm-up steps see
-# random tokens only.
+# The clock starts when all is compiled and measured: warm-up steps see random tokens only.
 
 class Run(NamedTuple):
     """A model and what it needs to run."""
