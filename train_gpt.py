@@ -2570,7 +2570,7 @@ def plan_run(run: Run) -> tuple[float, int, bool, int]:
     cfg, log, limit = run.cfg, run.rt.log, run.cfg.max_wallclock_seconds
     seconds, batch = warm_up(run) if cfg.warmup_steps else ({}, 0.0)
     wanted, onset = cfg.gptq_calibration_batches, min(cfg.enable_looping_at, 1.0)
-    reserve, count, total = 0.0, wanted, cfg.iterations
+    budget, count, total = math.inf, wanted, cfg.iterations
     looped_steps = (1 - onset) * total
     if limit:
         # Calibration reads training data, so it is on the clock, for at most a fifth of it: a slow
@@ -2580,7 +2580,8 @@ def plan_run(run: Run) -> tuple[float, int, bool, int]:
         count = min(wanted, max(1, int(limit / 5 / (1.1 * batch))))
         gradients = 0 if cfg.embed_step else min(GRADIENT_BATCHES, 1 + int(limit / 10 / slowest))
         reserve = 1.1 * (batch * count + slowest * gradients) + 3 * slowest + 0.5
-        looped_steps = min(looped_steps, (limit - reserve) * (1 - onset) / slowest)
+        budget = limit - reserve
+        looped_steps = min(looped_steps, budget * (1 - onset) / slowest)
     if count < wanted:
         log("note", text=f"calibration reads {count} of {wanted} batches, to take at most a fifth "
                          f"of {limit:g} s")
@@ -2590,14 +2591,13 @@ def plan_run(run: Run) -> tuple[float, int, bool, int]:
             needed=cfg.looping_min_steps)
     if limit:
         plain = onset if recurrent else 1.0
-        steps = (limit - reserve) * (plain / seconds[False] + (1 - plain) / slowest)
+        steps = budget * (plain / seconds[False] + (1 - plain) / slowest)
         if steps < 1:
             raise GolfError(f"MAX_WALLCLOCK_SECONDS={limit:g}: one step and calibration take "
                             f"{reserve + seconds[False]:.1f} s on this machine; raise it")
         total = min(total, int(steps))
-        log("budget", train_s=limit - reserve, reserve_s=reserve, limit_s=limit,
-            expected_steps=total)
-    return limit - reserve if limit else math.inf, total, recurrent, count
+        log("budget", train_s=budget, reserve_s=reserve, limit_s=limit, expected_steps=total)
+    return budget, total, recurrent, count
 
 
 class StopRequest:
