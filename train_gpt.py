@@ -349,8 +349,8 @@ class Dist:
         ranks = self.world, self.rank, self.local_rank = [parse_as(int, v) for v in values.values()]
         port = parse_as(int, env.get("MASTER_PORT", "")) or 0
         launched = all(n in env for n in (*values, "MASTER_ADDR")) and 0 < port < 1 << 16
-        if not (None not in ranks and 0 <= self.rank < self.world < 1 << 16
-                and self.local_rank >= 0 and (launched or self.world == 1)):
+        if (None in ranks or not 0 <= self.rank < self.world < 1 << 16 or self.local_rank < 0
+                or self.world > 1 and not launched):
             raise ConfigError(" ".join(f"{n}={v}" for n, v in values.items()) + ", MASTER_PORT: "
                               "no launcher's; start with torchrun, or unset WORLD_SIZE and RANK")
         self.is_main = self.rank == 0
@@ -1373,10 +1373,7 @@ class Extras(nn.Module):
 
 
 def layer_schedule(cfg: Config, looped: bool) -> tuple[list[int], list[int]]:
-    """Layers in the order they run, split into the encoder, which leaves skips, and the decoder.
-
-    Looped, layers loop_start..loop_end run num_loops more times before the rest.
-    """
+    """Layers in the order they run, split into the encoder, which leaves skips, and the decoder."""
     layers = list(range(cfg.num_layers))
     if looped and cfg.num_loops:
         end = cfg.loop_end + 1
