@@ -2822,9 +2822,7 @@ def heads_forward(x_ptr, q_ptr, k_ptr, v_ptr, gain_ptr, cos_ptr, sin_ptr, rows, 
         cos, sin = load_angles(cos_ptr, sin_ptr, row % T, pair, R, inside)
         scale = tl.rsqrt(tl.sum(a * a + b * b, 1)[:, None] / D + 1e-6)                  # (b, 1)
         scale *= tl.load(gain_ptr + head, head < H, 1.0)
-        left = scale * (a * cos + b * sin)
-        b = scale * (b * cos - a * sin)
-        a = left
+        a, b = scale * (a * cos + b * sin), scale * (b * cos - a * sin)
     tl.store(out, a, inside)
     tl.store(out + R, b, inside)
 
@@ -2849,13 +2847,12 @@ def heads_backward(dq_ptr, dk_ptr, dv_ptr, x_ptr, dx_ptr, sums_ptr, gain_ptr, co
         scale = tl.rsqrt(tl.sum(a * a + b * b, 1)[:, None] / D + 1e-6)                  # (b, 1)
         a *= scale
         b *= scale
-        left = da * cos - db * sin
-        db = da * sin + db * cos
-        along = tl.sum(left * a + db * b, 1)[:, None]       # also what a larger gain would change
+        da, db = da * cos - db * sin, da * sin + db * cos
+        along = tl.sum(da * a + db * b, 1)[:, None]         # also what a larger gain would change
         if head < H:
             tl.store(sums_ptr + block * H + head, tl.sum(along))
         scale *= tl.load(gain_ptr + head, head < H, 1.0)
-        da = scale * (left - a * along / D)
+        da = scale * (da - a * along / D)
         db = scale * (db - b * along / D)
     tl.store(dx_ptr + at, da, inside)
     tl.store(dx_ptr + at + R, db, inside)
