@@ -2114,7 +2114,7 @@ def open_container(path: Path, kind: str) -> Container:
         header = json.loads(brotli.decompress(data[at:end]))
         if header["kind"] != kind:
             raise ValueError(f"it is a {header['kind']}")
-        bounds = [end, *itertools.accumulate(header["segments"], initial=end)][1:]
+        bounds = itertools.accumulate(header["segments"], initial=end)
         segments = [data[a:b] for a, b in itertools.pairwise(bounds)]
         layout = {n: (dtype, tuple(shape)) for n, (dtype, shape) in header["tensors"].items()}
         return Container(path, header["meta"], header["codec"], layout, segments)
@@ -2516,10 +2516,9 @@ class TrainState:
     @classmethod
     def load(cls, run: Run) -> "TrainState":
         """The state that `save` wrote; raises GolfError if it is damaged or of another model."""
-        path = run.cfg.checkpoint_path
-        container = open_container(path, "checkpoint")
+        container = open_container(run.cfg.checkpoint_path, "checkpoint")
         check_made_for(container, run.cfg)
-        meta = container.meta
+        path, meta = container.path, container.meta
         state = cls(run, meta["expected_steps"], meta["recurrent"])
         mine = state.tensors()
         loaded = container.tensors(layout_of(mine))
