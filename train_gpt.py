@@ -1617,7 +1617,7 @@ def orthogonalize(G: Tensor, row_normalize: bool, dtype: torch.dtype) -> Tensor:
 
 
 class Muon:
-    """Nesterov momentum on a group of stacks, orthogonalised one at a time, shared by ranks."""
+    """Nesterov momentum on a group of matrices, orthogonalised in stacks, shared by ranks."""
 
     def __init__(self, cfg: Config, flat: Flat, dist: Dist, group: str):
         self.cfg, self.flat, self.dist, self.grad = cfg, flat, dist, flat.part(flat.grad, group)
@@ -1662,7 +1662,7 @@ class AdamW:
         self.adam.step()
 
 
-OPTIMIZERS = dict(embed=AdamW, scalar=AdamW, muon=Muon)     # of each group
+OPTIMIZERS = dict(embed=AdamW, scalar=AdamW, muon=Muon)     # by group; the log has their names
 
 
 def build_optimizers(cfg: Config, flat: Flat, dist: Dist) -> dict:
@@ -2446,12 +2446,11 @@ def build_run(cfg: Config, dist: Dist, log: Log) -> Run:
         raise ConfigError(f"WORLD_SIZE={dist.world} does not divide the {cfg.batch_seqs} sequences "
                           f"of TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}; change one of them")
     compiled = compiler(cfg, dist)
-    attention = choose_attention(cfg, dist, compiled)
-    model = GPT(cfg, dist.dtype, kernels_fit(cfg, dist), attention)
+    model = GPT(cfg, dist.dtype, kernels_fit(cfg, dist), choose_attention(cfg, dist, compiled))
     flat, inputs = Flat(model, dist.device), compiled(model.capture_linear_inputs)
     capture = lambda tokens, looped: inputs(tokens, model.mask(tokens), looped)
     model.hidden, model.per_token_loss = compiled(model.hidden), compiled(model.per_token_loss)
-    log("model", params=len(flat.data), kernels=model.fused, attention=attention.name)
+    log("model", params=len(flat.data), kernels=model.fused, attention=model.attention.name)
     for name, names in flat.groups.items():
         log("group", name=name, optimizer=OPTIMIZERS[name].__name__.lower(), tensors=len(names),
             params=len(flat.part(flat.data, name)))
@@ -2692,9 +2691,9 @@ def train(run: Run, state: TrainState, batches: Batches, budget: float) -> str:
 # Kernels: the MLP with its activation inside the products, and the passes around attention
 # ------------------------------------------------------------------------------------------------
 # In Triton, for GPUs of Hopper's size; elsewhere their twins run as PyTorch compiles them, which
-# takes 2 to 5 % of a step more for each (bench/RESULTS.md).  The MLP's product is
-# built like the persistent one in Triton's documentation, with the activation applied where a tile
-# is finished.  Around attention a program works on ROWS positions of a head: b = ROWS in shapes.
+# takes 2 to 5 % of a step more for each (bench/RESULTS.md).  The MLP's product is built like the
+# persistent one in Triton's documentation, with the activation applied where a tile is finished.
+# Around attention a program works on ROWS positions of a head: b = ROWS in shapes.
 
 TILE = 128, 256, 64         # rows, columns and depth of a tile of the MLP's products
 ROWS = 16                   # positions of a program around attention
