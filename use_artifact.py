@@ -223,7 +223,7 @@ def evaluate_text(run: Run, scorer: train_gpt.Scorer) -> train_gpt.Tally:
     if by_documents(run.cfg):
         run = run._replace(cfg=replace(run.cfg, eval_batch_seqs=1))
         plan = train_gpt.document_plan(scorer.stream.tokens, run.cfg, 1) if n else []
-        learner = scorer.learner = train_gpt.DocumentHeads(run, run.forward.keywords["looped"])
+        learner = scorer.learner = train_gpt.DocumentWeights(run, run.forward.keywords["looped"])
         scorer.forward = learner.forward
         return train_gpt.evaluate(scorer, plan, learner)
     plan = train_gpt.sliding_plan(n, run.cfg) if n else []
@@ -285,13 +285,13 @@ class HiddenStates:
 
 
 def next_logits(run: Run, hidden: Tensor,
-                learner: train_gpt.DocumentHeads | None = None) -> Tensor:
-    """Logits (1 or 2, V) float32 of the next token given a hidden state (C,), by the model's output
-    head and, with a learner, by the document's; raises GolfError."""
-    logits = torch.mv(run.model.tok_emb, hidden.float())[None]
-    if learner:                                             # a document's is the model's, changed
-        change = torch.mv(learner.change[0].T, learner.inputs(hidden.float()))
-        logits = torch.cat([logits, logits + change])
+                learner: train_gpt.DocumentWeights | None = None) -> Tensor:
+    """Logits (1 or 2, V) float32 of the next token, by the model's hidden state (C,) or, with a
+    learner, by those of the model and of the document's (2, C); raises GolfError."""
+    if learner:
+        logits = learner.logits(hidden[:, None, None])[:, 0, 0]
+    else:
+        logits = torch.mv(run.model.tok_emb, hidden.float())[None]
     logits = train_gpt.soft_cap(logits, run.cfg.logit_softcap)
     if not logits.isfinite().all():
         raise GolfError("the model's predictions are not finite; if test-time training broke the "
@@ -336,9 +336,9 @@ class Coder(train_gpt.Scorer):
         return F.pad(tokens, (0, self.cfg.ttt_chunk_tokens - tokens.size(1)), value=FILLER)
 
     def chunk_states(self, tokens: Tensor) -> Tensor:
-        """Hidden states (T, C) of a document's next tokens (t,), of which a chunk takes T."""
+        """Hidden states (2, T, C) of a document's next tokens (t,), of which a chunk takes T."""
         tokens = self.padded(tokens[None, :self.cfg.ttt_chunk_tokens].long())
-        return self.learner.states(tokens, self.learner.memory)[0][0]
+        return self.learner.states(tokens)[0][:, 0]
 
     def code_window(self, start: int, targets: range) -> list[float]:
         """Code `targets` of the window that begins at `start`; returns the nats of each."""
@@ -346,9 +346,9 @@ class Coder(train_gpt.Scorer):
         states = self.chunk_states if self.learner else self.hidden_states
         for target in targets:
             if self.pass_per_target or not nats:
-                hidden = states(known)                                          # (T, C)
-            logits = next_logits(self.run, hidden[target - start], self.learner)
-            # The mean of one or two distributions, as DocumentHeads.forward scores.
+                hidden = states(known)                                  # (T, C) or (2, T, C)
+            logits = next_logits(self.run, hidden[..., target - start, :], self.learner)
+            # The mean of one or two distributions, as DocumentWeights.forward scores.
             p = logits.double().softmax(1).mean(0).cpu().numpy()                # (V,)
             token = self.code(target, self.library.model.Categorical(p, **ROUNDING))
             nats.append(-math.log(max(p[token], 1e-300)))

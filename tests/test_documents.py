@@ -12,12 +12,12 @@ from conftest import PARTS, stirred, stream
 from test_ttt import edited, in_ranks
 
 import train_gpt
-from train_gpt import (BOS, Chunk, ConfigError, DocumentHeads, DocumentScorer, Stream, Tally,
-                       document_plan, evaluate)
+from train_gpt import (BOS, Chunk, ConfigError, DocumentWeights, DocumentScorer, Memory, Stream,
+                       Tally, document_plan, evaluate)
 
 SHORT = dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, seq_len=16, eval_stride=2,
              eval_batch_seqs=3, train_batch_tokens=64, parallel_residual_start=1, rope_dims=4,
-             ttt_documents=True, ttt_chunk_tokens=4, ttt_lr=1.0)
+             ttt_documents=True, ttt_chunk_tokens=4, ttt_lr=1.0, ttt_attention=0.02)
 # Six layers, of which 3 and the last, 5, see all tokens; a window begins within an earlier chunk.
 WINDOWS = dict(num_layers=6, attention_window=6)
 STARTS = 0, 5, 6, 15, 60        # of documents of 5, 1, 9, 45 and 36 tokens
@@ -43,10 +43,16 @@ def spans(n: int = N, starts=STARTS) -> list[range]:
     return list(map(range, cuts, cuts[1:]))
 
 
+def set_rates(run) -> torch.Tensor:
+    """Rates (V,) of the head's rows that differ by token, as an artifact's steps do."""
+    run.flat.steps["tok_emb"] = rates = torch.linspace(0.5, 1.5, run.cfg.vocab_size)
+    return rates
+
+
 def learn(run, data: Stream) -> Tally:
-    """Score a stream's documents, each of which teaches a head, at rates that differ by token."""
-    run.flat.steps["tok_emb"] = torch.linspace(0.5, 1.5, run.cfg.vocab_size)
-    learner = DocumentHeads(run, looped=True)
+    """Score a stream's documents, each of which teaches changes, at rates that differ by token."""
+    set_rates(run)
+    learner = DocumentWeights(run, looped=True)
     plan = document_plan(data.tokens, run.cfg, run.rt.dist.world)
     return evaluate(DocumentScorer(run.cfg, run.rt, learner.forward, data), plan, learner)
 
@@ -74,8 +80,16 @@ def scores(make_run, monkeypatch):
 
 def head_inputs(hidden: torch.Tensor) -> torch.Tensor:
     """What a head's change meets: hidden states (..., C) of length 1, and a constant."""
-    constant = torch.full((*hidden.shape[:-1], 1), DocumentHeads.BIAS ** 0.5)
+    constant = torch.full((*hidden.shape[:-1], 1), DocumentWeights.BIAS ** 0.5)
     return torch.cat([F.normalize(hidden, dim=-1), constant], -1)               # (..., C + 1)
+
+
+def learn_once(learner: DocumentWeights, tokens: torch.Tensor, goes_on: tuple[bool, ...]):
+    """Score the first chunk of documents and learn from it: inputs and targets (2, B, T)."""
+    chunk = Chunk([], 0, 0, None, goes_on)
+    learner.before(chunk)
+    learner.forward(*tokens)
+    learner.after(chunk)
 
 
 @torch.no_grad()
@@ -187,7 +201,8 @@ def test_editing_a_target_moves_only_later_scores_of_its_document(make_cfg, scor
         after, (own,) = scores(cfg, edited(data, k, cfg)), [d for d in spans() if k in d]
         later = torch.tensor([k <= i < own.stop for i in range(N)])
         assert torch.equal(after[~later], before[~later]), k
-        assert (after[later] != before[later]).all(), k
+        moved = after[later] != before[later]               # two float32 may meet by chance
+        assert moved[0] and moved.sum() >= 0.9 * len(moved), k
 
 
 def test_a_first_chunk_is_scored_by_the_weights_alone(make_cfg, scores):
@@ -200,6 +215,13 @@ def test_a_first_chunk_is_scored_by_the_weights_alone(make_cfg, scores):
         rest = slice(first.stop, d.stop)
         assert torch.equal(found[first][:len(d)], frozen[first][:len(d)])
         assert len(d) <= cfg.ttt_chunk_tokens or (found[rest] != frozen[rest]).all()
+
+
+@pytest.mark.parametrize("change", [dict(ttt_attention=0.0), dict(ttt_chunk_tokens=1)])
+def test_the_least_that_learns(make_cfg, scores, change):
+    """Heads alone, and chunks of one token, whose first input of attention's outputs is zero."""
+    found = scores(make_cfg(**{**SHORT, **change}), documents_of(make_cfg(**SHORT)))
+    assert found.isfinite().all()
 
 
 def test_documents_do_not_know_their_neighbours(make_cfg, scores):
@@ -222,17 +244,14 @@ def test_learning_helps_where_a_document_repeats(make_cfg, scores):
     assert found[-40:].mean() < 0.8 * frozen[-40:].mean()
 
 
-def test_a_step_follows_the_gradient_of_the_change(make_cfg, make_run):
-    """That of the head's own loss, by autograd, in float64, at each row's rate; a document that
-    ends learns nothing."""
-    run = stirred(make_run(make_cfg(**SHORT)))
-    run.flat.steps["tok_emb"] = steps = torch.linspace(0.5, 1.5, run.cfg.vocab_size)
-    learner = DocumentHeads(run, True)
-    tokens = torch.randint(3, 300, (2, 3, 4))
-    chunk = Chunk([], 0, 0, None, (True, False, True))
-    learner.before(chunk)
-    learner.forward(*tokens)
-    learner.after(chunk)
+@pytest.mark.parametrize("attention", [0.0, 0.02])
+def test_a_step_follows_the_gradient_of_the_head(make_cfg, make_run, attention):
+    """That of the changed model's own loss, by autograd, in float64, at each row's rate; a document
+    that ends learns nothing."""
+    run = stirred(make_run(make_cfg(**{**SHORT, "ttt_attention": attention})))
+    rates = set_rates(run)
+    learner, tokens = DocumentWeights(run, True), torch.randint(3, 300, (2, 3, 4))
+    learn_once(learner, tokens, (True, False, True))
     hidden = run.model(tokens[0]).double()
     change = torch.zeros(3, 17, run.cfg.vocab_size, dtype=torch.float64, requires_grad=True)
     logits = hidden @ run.model.tok_emb.double().T + head_inputs(hidden) @ change
@@ -240,28 +259,85 @@ def test_a_step_follows_the_gradient_of_the_change(make_cfg, make_run):
     logits = cap * (logits / cap).tanh()
     loss = -logits.log_softmax(2).gather(2, tokens[1][..., None])[[0, 2]].sum()
     want, = torch.autograd.grad(loss, change)
-    torch.testing.assert_close(learner.change.double(), -want * steps / steps.mean(),
-                               rtol=1e-3, atol=1e-5)
-    assert not learner.change[1].any() and learner.change[[0, 2]].any()
+    torch.testing.assert_close(learner.head.double(), -want * rates / rates.mean(), rtol=1e-3,
+                               atol=1e-5)
+    assert bool(learner.changes) == bool(attention)
+    for change in (learner.head, *learner.changes.values()):
+        assert not change[1].any() and change[0].any() and change[2].any()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_step_of_attention_is_whitened(make_cfg, make_run, recipe):
+    """By the covariance of the chunk's inputs, in float64 and in the space of inputs, where the
+    program inverts in that of tokens; the gradient is that of the weights."""
+    cfg = make_cfg(**{**SHORT, **PARTS[recipe], "eval_batch_seqs": 1})
+    run = stirred(make_run(cfg))
+    set_rates(run)
+    learner, tokens = DocumentWeights(run, False), torch.randint(3, 300, (2, 1, 4))
+    learn_once(learner, tokens, (True,))
+    run.model.requires_grad_(True)
+    inputs = {}
+    hidden = run.model.hidden(tokens[0], run.model.mask(tokens[0]), False,
+                              lambda names, x: inputs.update(dict.fromkeys(names, x)))
+    model, found = dict(run.model.named_parameters()), {}
+    loss = run.model.per_token_loss(hidden, tokens[1]).sum()
+    for i in range(cfg.num_layers):
+        layer = f"layers.{i}.attn."
+        qkv = [f"{layer}c_{x}.weight" for x in "qkv"]
+        for names, scale in (qkv, 1.0), ([layer + "proj.weight"], model[f"layers.{i}.attn_scale"]):
+            grads = torch.autograd.grad(loss, [model[n] for n in names], retain_graph=True)
+            found[names[0]] = (torch.cat(grads).T / scale).double()             # (I, O)
+    assert found.keys() == learner.changes.keys()
+    for name, gradient in found.items():
+        x = inputs[name][0].double()                                            # (T, I)
+        covariance = x.T @ x
+        damping = DocumentWeights.DAMPING * torch.eye(x.size(1)).double()
+        want = torch.linalg.solve(covariance / covariance.diagonal().mean() + damping, gradient)
+        torch.testing.assert_close(learner.changes[name][0].double(),
+                                   -cfg.ttt_lr * cfg.ttt_attention * want, rtol=1e-3, atol=1e-6)
+
+
+def test_the_changed_model_has_the_changed_weights(make_cfg, make_run):
+    """States of a document's first tokens by the changes of another run of it, and by weights."""
+    cfg = make_cfg(**{**SHORT, "eval_batch_seqs": 1})
+    run = stirred(make_run(cfg))
+    set_rates(run)
+    learner, tokens = DocumentWeights(run, True), torch.randint(3, 300, (2, 1, 4))
+    learn_once(learner, tokens, (True,))
+    kept, last, _ = learner.memory
+    learner.memory = Memory([k[:, :, :0] for k in kept], 0 * last, 0)
+    with torch.no_grad():
+        frozen, own = learner.states(tokens[0])[0]
+    torch.testing.assert_close(frozen, run.model(tokens[0]), rtol=1e-5, atol=1e-5)
+    weights = run.flat.named(run.flat.data)
+    for name, (change,) in learner.changes.items():
+        if name.endswith("proj.weight"):
+            weights[name] += (change / weights[name.split(".proj")[0] + "_scale"]).T
+        else:
+            parts = [weights[name.replace("c_q", f"c_{x}")] for x in "qkv"]
+            for part, rows in zip(parts, change.T.split([len(p) for p in parts]), strict=True):
+                part += rows
+    assert (own - frozen).abs().max() > 1e-2
+    torch.testing.assert_close(own, run.model(tokens[0]), rtol=1e-4, atol=1e-4)
 
 
 def test_a_score_is_that_of_the_mean_of_two_probabilities(make_cfg, make_run):
-    """Those of the model and of a head that has learnt, apart, in float64; the sum over all targets
+    """Those of the model and of one that has learnt, apart, in float64; the sum over all targets
     is 1.  One document for each token of the vocabulary, alike but for the last targets."""
     run = stirred(make_run(make_cfg(**{**SHORT, "eval_batch_seqs": 320})))
     V, cap = run.cfg.vocab_size, run.cfg.logit_softcap
-    run.flat.steps["tok_emb"] = torch.linspace(0.5, 1.5, V)
-    learner, chunk = DocumentHeads(run, True), Chunk([], 0, 0, None, (True,) * V)
+    set_rates(run)
+    learner, chunk = DocumentWeights(run, True), Chunk([], 0, 0, None, (True,) * V)
     ids, every = torch.randint(3, V, (9,)), torch.arange(V)[:, None].expand(V, 4)
+    learn_once(learner, torch.stack([ids[:4], ids[1:5]])[:, None].expand(2, V, 4), (True,) * V)
     learner.before(chunk)
-    learner.forward(ids[:4].expand(V, 4), ids[1:5].expand(V, 4))
-    learner.after(chunk)
-    learner.before(chunk)
+    hidden = learner.states(ids[4:8].expand(V, 4))[0][:, 0].double()            # (2, T, C)
     p = (-learner.forward(ids[4:8].expand(V, 4), every).double()).exp()         # (V, T)
-    hidden = run.model(ids[None, :8])[0, 4:].double()                           # (T, C)
-    logits = hidden @ run.model.tok_emb.double().T                              # (T, V)
-    both = torch.stack([logits, logits + head_inputs(hidden) @ learner.change[0].double()])
-    both = (cap * (both / cap).tanh()).softmax(2)                               # (2, T, V)
+    torch.testing.assert_close(hidden[0], run.model(ids[None, :8])[0, 4:].double(), rtol=1e-4,
+                               atol=1e-4)
+    both = hidden @ run.model.tok_emb.double().T                                # (2, T, V)
+    both[1] += head_inputs(hidden[1]) @ learner.head[0].double()
+    both = (cap * (both / cap).tanh()).softmax(2)
     assert (both[1] / both[0]).max() > 2
     torch.testing.assert_close(p, both.mean(0).T, rtol=1e-4, atol=0)
     torch.testing.assert_close(p.sum(0), torch.ones(4).double(), rtol=1e-5, atol=0)

@@ -345,7 +345,7 @@ def test_a_long_text_comes_back_and_costs_its_score(fresh, artifact, capsys):
     assert len(found.blob) < 0.99 * len(compress(fresh(ttt_enabled=False), text))
 
 
-HEADS = dict(ttt_documents=True, ttt_chunk_tokens=4, ttt_lr=1.0)
+HEADS = dict(ttt_documents=True, ttt_chunk_tokens=4, ttt_lr=1.0, ttt_attention=0.02)
 
 
 def test_a_document_and_its_head_come_back(fresh):
