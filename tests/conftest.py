@@ -28,6 +28,10 @@ import prepare_data  # noqa: E402
 import train_gpt  # noqa: E402
 
 torch.set_num_threads(1)
+# In the background (`&`, nohup) signals are ignored, which the programs that tests start inherit.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 PROGRAM = ROOT / "train_gpt.py"
 TEST_SECONDS = 180      # no test takes a tenth of it
