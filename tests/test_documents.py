@@ -198,11 +198,14 @@ def test_editing_a_target_moves_only_later_scores_of_its_document(make_cfg, scor
     data = documents_of(cfg)
     before = scores(cfg, data)
     for k in (0, 1, 3, 6, 7, 10, 13, 16, 19, 20, 30, 58, 60, 63, 64, 80, 94, 95):
-        after, (own,) = scores(cfg, edited(data, k, cfg)), [d for d in spans() if k in d]
+        other, (own,) = edited(data, k, cfg), [d for d in spans() if k in d]
         later = torch.tensor([k <= i < own.stop for i in range(N)])
+        after = scores(cfg, other)
         assert torch.equal(after[~later], before[~later]), k
-        moved = after[later] != before[later]               # two float32 may meet by chance
-        assert moved[0] and moved.sum() >= 0.9 * len(moved), k
+        moved = after != before
+        if not moved[later].all():          # two float32 met by chance: not in another edit as well
+            moved |= scores(cfg, edited(other, k, cfg)) != before
+        assert moved[later].all() and not moved[~later].any(), k
 
 
 def test_a_first_chunk_is_scored_by_the_weights_alone(make_cfg, scores):
