@@ -166,6 +166,7 @@ class Config:
     loop_end: int = setting(5, low=0)  # last recurrent layer
     parallel_residual_start: int = setting(7, low=0)  # first layer with parallel attention and MLP
     skip_gates_enabled: bool = True  # sigmoid gates on U-Net skips; off = weighted sums
+    dynamic_skips: bool = False  # U-Net skips are also gated by each token's state
     extras_1060: bool = False  # #1060's token-pair table, value embedding and smear gate
     smear_channels: int = setting(0, low=0)  # SmearGate computed from this many channels; 0 = off
     head_gate_channels: int = setting(0, low=0)  # gate heads from this many channels; 0 = off
@@ -250,10 +251,10 @@ class Config:
 GOLF = dict(
     seq_len=4096, micro_batch_seqs=32, num_heads=4, num_kv_heads=2, rope_dims=32,
     rope_base=50000.0, smear_channels=12, head_gate_channels=12, two_lanes=3, documents=True,
-    attention_window=512, looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1,
-    ema_horizon_frac=0.055, lookahead=0.5, beta2=0.99, muon_momentum=0.95,
-    muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300, embed_step=0.0,
-    gptq_damping=0.1, ttt_documents=True, ttt_lr=4.0, ttt_attention=0.005,
+    attention_window=512, dynamic_skips=True, looping_min_steps=2000, warmdown_frac=0.85,
+    min_lr=0.1, matrix_lr=0.02, ema_horizon_frac=0.055, lookahead=0.5, beta2=0.99,
+    muon_momentum=0.95, muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300,
+    embed_step=0.0, gptq_damping=0.1, ttt_documents=True, ttt_lr=4.0, ttt_attention=0.005,
     ttt_chunk_tokens=48)
 RECIPES = {
     "pr1876": {},
@@ -269,9 +270,9 @@ RECIPES = {
     "demo": dict(
         dataset="demo_sp1024", vocab_size=1024, seq_len=256, num_layers=4, model_dim=128,
         num_heads=4, num_kv_heads=2, num_loops=0, xsa_last_n=4, parallel_residual_start=3,
-        smear_channels=12, head_gate_channels=12, two_lanes=1, max_wallclock_seconds=90.0,
-        train_batch_tokens=1024, warmup_steps=3, warmdown_frac=0.85, min_lr=0.05,
-        tied_embed_lr=0.06, matrix_lr=0.02, beta2=0.99, muon_momentum=0.95,
+        smear_channels=12, head_gate_channels=12, two_lanes=1, dynamic_skips=True,
+        max_wallclock_seconds=90.0, train_batch_tokens=1024, warmup_steps=3, warmdown_frac=0.85,
+        min_lr=0.05, tied_embed_lr=0.06, matrix_lr=0.02, beta2=0.99, muon_momentum=0.95,
         muon_momentum_warmup_frac=0.15, code_step=0.45, embed_step=0.0,
         gptq_damping=0.1, ttt_documents=True, ttt_lr=1.4, ttt_chunk_tokens=32),
 }
@@ -1388,8 +1389,15 @@ def layer_schedule(cfg: Config, looped: bool) -> tuple[list[int], list[int]]:
     return layers[:len(layers) // 2], layers[len(layers) // 2:]
 
 
-def merge_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
-    """Blend a skip, scaled by `weight` (C,), into x (B, T, C): a lerp by the gate, or a sum."""
+def merge_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None,
+               query: Tensor | None) -> Tensor:
+    """Blend a skip, scaled by `weight` (C,), into x (B, T, C): a lerp by the gate, or a sum.
+
+    With a `query` (C,) a token's skip counts 0 to 2 times, by its state (MUDD, arXiv:2502.12170).
+    """
+    if query is not None:
+        score = (rms_norm(x) * query.to(x.dtype)).sum(-1, keepdim=True)             # (B, T, 1)
+        skip = skip * (2 * (score * x.size(-1) ** -0.5).sigmoid())
     if gate is None:
         return x + weight.to(x.dtype) * skip
     # As two scaled terms, whose gradients are two plain sums: 1 % of a step (bench/RESULTS.md).
@@ -1445,9 +1453,10 @@ class GPT(nn.Module):
         if cfg.smear_channels:
             self.smear_weight = param(torch.zeros(1, cfg.smear_channels), "scalar")
             self.smear_strength = param(torch.zeros(1), "scalar")
-        self.skip_weights = param(torch.ones(len(encoder), cfg.model_dim), "scalar")
-        if cfg.skip_gates_enabled:
-            self.skip_gates = param(torch.zeros_like(self.skip_weights), "scalar")
+        ones = torch.ones(len(encoder), cfg.model_dim)
+        self.skip_weights = param(ones, "scalar")
+        self.skip_gates = param(0 * ones, "scalar") if cfg.skip_gates_enabled else None
+        self.skip_queries = param(0 * ones, "scalar") if cfg.dynamic_skips else None
         angles = rotary_angles(cfg, torch.arange(cfg.seq_len))[:, None]             # (T, 1, R)
         self.register_buffer("cos", angles.cos().to(dtype), persistent=False)
         self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
@@ -1512,16 +1521,17 @@ class GPT(nn.Module):
         skip weights; a row's meaning changes at that moment, as in #1493.
         """
         encoder, decoder = layer_schedule(self.cfg, looped)
-        weights, skips = self.skip_weights.unbind(), []     # unbind: one gradient, not one per row
-        gates = self.skip_gates.unbind() if self.cfg.skip_gates_enabled else [None] * len(weights)
+        parts = self.skip_weights, self.skip_gates, self.skip_queries
+        # unbind: one gradient, not one per row
+        parts = [[None] * len(decoder) if p is None else p.unbind() for p in parts]
+        skips, lane = [], None
         for i in encoder:
             x, _ = self.layers[i](x, None, ctx)
             skips.append(x)
-        lane = None
         for j, i in enumerate(decoder):
             lane = x if lane is None else lane
             if skips:                                       # skips reach the first lane only
-                x = merge_skip(x, skips.pop(), weights[j], gates[j])
+                x = merge_skip(x, skips.pop(), *(part[j] for part in parts))
             x, lane = self.layers[i](x, lane, ctx)
         return x if lane is None else 0.5 * (x + lane)
 
@@ -1574,10 +1584,11 @@ class Flat:
         self.parameters, self.grads = list(named.values()), [p.grad for p in named.values()]
         model.to(device)                                    # buffers; the parameters are there
 
-    def backward(self, loss: Tensor):
-        """Add the gradient of `loss` to `grad`: all at once, 1 ms faster than `loss.backward()`."""
+    def backward(self, loss: Tensor, add: bool = False):
+        """Put loss and gradient into the buffer, or add them: faster than `loss.backward()`."""
         grads = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-        torch._foreach_add_(self.grads, grads)
+        write = torch._foreach_add_ if add else torch._foreach_copy_
+        write([*self.grads, self.loss], [*grads, loss.detach()[None]])
 
     def part(self, vector: Tensor, group: str) -> Tensor:
         """The slice of a flat `vector` that belongs to a group."""
@@ -1609,22 +1620,26 @@ def clip_gradient_(grad: Tensor, limit: float):
         grad.mul_((limit / (norm + 1e-6)).clamp(max=1).float())
 
 
+# Odd polynomials a s + b s^3 + c s^5 that, one after the other, bring singular values s of 0.0025
+# to 1 nearest to 1, found as in Polar Express (arXiv:2505.16932): four come as near as Jordan et
+# al.'s five.
+QUINTICS = ((8.3639, -24.4838, 17.9725), (4.0588, -2.9916, 0.5584),
+            (3.5964, -2.6668, 0.5220), (2.6226, -1.9304, 0.4410))
+
+
 def orthogonalize(G: Tensor, row_normalize: bool, dtype: torch.dtype) -> Tensor:
-    """Approximately orthogonalise each matrix by a quintic Newton-Schulz iteration.
+    """Approximately orthogonalise each matrix by `QUINTICS` of it, a Newton-Schulz iteration.
 
     Args: G (N, O, I), not modified; row_normalize: first scale each row to unit length.
-    Returns: (N, O, I) in `dtype`, singular values roughly within 0.7 and 1.2.
+    Returns: (N, O, I) in `dtype`, singular values roughly within 0.75 and 1.25.
     """
-    # Coefficients of Jordan et al.: small singular values grow as fast as they can, at the price of
-    # ending near 1 and not at it.
-    a, b, c = 3.4445, -4.7750, 2.0315
     if row_normalize:
         G = G / G.norm(dim=2, keepdim=True).clamp_min(1e-7)
     X = (G / (G.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     tall = X.size(1) > X.size(2)
     X = X.mT.contiguous() if tall else X
     eye = torch.eye(X.size(1), dtype=dtype, device=X.device)
-    for _ in range(5):
+    for a, b, c in QUINTICS:
         A = X @ X.mT                                        # (N, min(O, I), min(O, I))
         X = (a * eye + b * A + c * (A @ A)) @ X
     return X.mT if tall else X
@@ -1772,7 +1787,6 @@ def collect_gradients(cfg: Config, rt: Runtime, flat: Flat, forward: Callable, b
     power = torch.zeros_like(flat.grad)
     for batch in calibration_batches(rt, batches, GRADIENT_BATCHES, seconds):
         for rows in micro_batches(batch, cfg.micro_batch_seqs):
-            flat.buffer.zero_()
             flat.backward(forward(rows[:, :-1], rows[:, 1:]).mean())
             power += flat.grad.square()
     named = flat.named(rt.dist.all_reduce_(power))
@@ -2370,7 +2384,6 @@ class SGD(Frozen):
         rows = tokens.unfold(0, T + 1, T).long()                                    # (B, T + 1)
         weight = torch.full((len(rows),), 1 / len(rows), device=rows.device)        # of padding: 0
         mine, weight = dist.equal_slice(rows), dist.equal_slice(weight)
-        flat.buffer.zero_()
         flat.backward((self.forward(mine[:, :-1], mine[:, 1:]).mean(1) * weight).sum())
         dist.all_reduce_(flat.buffer)
         clip_gradient_(flat.grad, self.CLIP_NORM)
@@ -2513,11 +2526,9 @@ def forward_backward(run: Run, rows: Tensor, looped: bool):
     """Gradient and loss of a batch, of which `rows` (B, T + 1) is this rank's part, in run.flat."""
     flat, dist = run.flat, run.rt.dist
     parts = micro_batches(rows, run.cfg.micro_batch_seqs)
-    flat.buffer.zero_()
     for part in parts:
         loss = run.forward(part[:, :-1], part[:, 1:], looped).mean() / (len(parts) * dist.world)
-        flat.backward(loss)
-        flat.loss += loss.detach()
+        flat.backward(loss, add=part is not parts[0])
     dist.all_reduce_(flat.buffer)           # a step's only other collective is Muon's
     clip_gradient_(flat.grad, run.cfg.grad_clip_norm)
 

@@ -71,13 +71,13 @@ def test_singular_values_end_in_a_band(shape, row_normalize):
     """Whatever the scale of a matrix, wide or tall, its singular values come out around 1."""
     G = torch.randn(4, *shape) * torch.tensor([1e-4, 0.3, 1.0, 1e4])[:, None, None]
     values = torch.linalg.svdvals(orthogonalize(G, row_normalize, torch.float32))
-    assert values.min() > 0.65 and values.max() < 1.25
+    assert values.min() > 0.74 and values.max() < 1.26
 
 
 def test_no_singular_value_explodes():
     """Even those of a square matrix, some next to nothing, stay below the band's upper end."""
     values = torch.linalg.svdvals(orthogonalize(torch.randn(8, *SQUARE), True, torch.float32))
-    assert values.max() < 1.25 and values.median() > 0.65
+    assert values.max() < 1.26 and values.median() > 0.74
 
 
 @pytest.mark.parametrize("shape", [TALL, WIDE])
@@ -132,9 +132,9 @@ def slow_muon(W, gradients, rates, cfg: Config):
         U = np.array([row / max(math.sqrt((row ** 2).sum()), 1e-7) for row in U])
         X = U / (math.sqrt((U ** 2).sum()) + 1e-7)
         X = X.T if rows > cols else X
-        for _ in range(5):
+        for a, b, c in train_gpt.QUINTICS:
             A = X @ X.T
-            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+            X = a * X + (b * A + c * A @ A) @ X
         X = X.T if rows > cols else X
         W = W * (1 - lr * cfg.muon_wd) - lr * math.sqrt(max(1, rows / cols)) * X
     return W
@@ -306,18 +306,19 @@ def test_flat_aliases_the_parameters(cfg):
 
 
 def test_backward_fills_the_flat_gradient(cfg):
-    """Gradients add up in the buffer, at their parameters' places, and the loss stays apart."""
+    """Gradients replace those before or add up, at their parameters' places, the loss behind."""
     model = GPT(cfg)
     flat = Flat(model, CPU)
-    flat.loss.fill_(7.0)
+    flat.buffer.fill_(7.0)
     ids = torch.randint(cfg.vocab_size, (2, 9))
-    for _ in range(2):
-        model(ids[:, :-1], ids[:, 1:]).mean().backward()
+    for add in (False, True):
+        loss = model(ids[:, :-1], ids[:, 1:]).mean()
+        flat.backward(loss, add)
     twin = GPT(cfg)
     twin(ids[:, :-1], ids[:, 1:]).mean().backward()
     for name, p in twin.named_parameters():
         torch.testing.assert_close(flat.named(flat.grad)[name], 2 * p.grad, msg=name)
-    assert flat.loss.item() == flat.buffer[-1].item() == 7.0
+    assert flat.loss.item() == flat.buffer[-1].item() == 2 * loss.item()
     flat.buffer.zero_()
     assert not any(p.grad.any() for p in model.parameters())
 
