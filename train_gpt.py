@@ -208,7 +208,7 @@ class Config:
     eval_batch_seqs: int = 64  # windows or documents at once; changes memory, not results
     sliding_enabled: bool = True  # also score sliding windows with frozen weights
     ttt_enabled: bool = True  # headline score with test-time training
-    ttt_documents: bool = False  # each document teaches a head of its own; off: one SGD for all
+    ttt_documents: bool = False  # each document teaches changes of its own; off: one SGD for all
     ttt_lr: float = setting(0.005, low=0)  # of a head, or SGD's peak, cosine to 0 over chunks
     ttt_attention: float = setting(0.0, low=0)  # of attention, over a head's; 0 = heads alone learn
     ttt_momentum: float = setting(0.9, low=0, below=1)  # SGD momentum, kept between chunks
@@ -2195,8 +2195,8 @@ def sliding_plan(n: int, cfg: Config) -> list[Chunk]:
     The first window scores all of its targets, every other one the last `eval_stride`.
     """
     T, size = cfg.seq_len, n if cfg.ttt_documents else cfg.ttt_chunk_tokens
-    starts = range(cfg.eval_stride, n - T + 1, cfg.eval_stride)
-    windows = [Window(0, T), *(Window(start, cfg.eval_stride) for start in starts)]
+    starts = range(0, n - T + 1, cfg.eval_stride)
+    windows = [Window(start, cfg.eval_stride if start else T) for start in starts]
     groups = itertools.groupby(windows, lambda w: (w.start + T - w.tail) // size)
     spans = [(list(group), i * size, min((i + 1) * size, n)) for i, group in groups]
     return [Chunk(group, first, last, dict(chunk=f"{i}/{len(spans)}", first=first, last=last),
@@ -2342,8 +2342,7 @@ def report_score(name: str, tally: Tally, rt: Runtime, seconds: float) -> tuple[
 # ------------------------------------------------------------------------------------------------
 # Test-time training: learners, which adapt to a chunk after it has been scored
 # ------------------------------------------------------------------------------------------------
-# Score-first adaptation of parameter-golf #549/#1413/#1493, by documents of #1530.  eval_stage
-# chooses the learner, and for texts use_artifact.evaluate_text does, which must agree with it.
+# Score-first adaptation of parameter-golf #549/#1413/#1493, by documents of #1530.
 
 class SGD(Frozen):
     """Test-time SGD with momentum on all weights, a few steps on each scored chunk."""
@@ -2476,6 +2475,18 @@ class DocumentWeights(Frozen):
         return {}
 
 
+def choose_scoring(run: "Run", stream: Stream, learns: bool) -> tuple[Scorer, list[Chunk], Frozen]:
+    """What `evaluate` takes to score a stream by an artifact, here and in use_artifact.py."""
+    cfg = run.cfg
+    if learns and cfg.ttt_documents:
+        learner = DocumentWeights(run, run.looped)
+        scorer = DocumentScorer(cfg, run.rt, learner.forward, stream)
+        return scorer, document_plan(stream.tokens, cfg, run.rt.dist.world), learner
+    plan = sliding_plan(len(stream.bytes), cfg)
+    learner = SGD(run, run.forward, stream, len(plan)) if learns else Frozen()
+    return Scorer(cfg, run.rt, run.forward, stream), plan, learner
+
+
 # ------------------------------------------------------------------------------------------------
 # Training: one loop on the wall clock, after an untimed warm-up that compiles and measures
 # ------------------------------------------------------------------------------------------------
@@ -2489,6 +2500,12 @@ class Run(NamedTuple):
     flat: Flat
     forward: Callable       # model.forward, whose two halves are compiled on CUDA
     capture: Callable       # model.capture_linear_inputs with its mask, likewise
+    looped: bool = False    # whether an artifact, once it is read, has recurrence
+
+    def for_artifact(self, container: Container) -> "Run":
+        """This run with the forward pass of an artifact."""
+        looped = container.meta["looped"]
+        return self._replace(forward=partial(self.forward, looped=looped), looped=looped)
 
 
 def build_run(cfg: Config, dist: Dist, log: Log) -> Run:
@@ -3123,23 +3140,23 @@ def open_validation(run: Run, tokenizer, identity: Identity) -> Stream:
     return Stream(*(torch.from_numpy(a).to(run.rt.dist.device) for a in arrays))
 
 
-def warm_up_scoring(run: Run, forward: Callable):
+def warm_up_scoring(run: Run):
     """Compile every shape that scoring and SGD use, on random tokens."""
     cfg, (dist, log, _) = run.cfg, run.rt
     started, shape = time.perf_counter(), (cfg.eval_batch_seqs, cfg.seq_len)
     with log.track(None, "warming up scoring", 1), torch.no_grad():
         tokens = torch.randint(cfg.vocab_size, shape, device=dist.device)
         for tail in {cfg.seq_len, cfg.eval_stride}:
-            forward(tokens, tokens[:, -tail:].contiguous(), precise=True)       # as in score_batch
+            run.forward(tokens, tokens[:, -tail:].contiguous(), precise=True)   # as in score_batch
     if cfg.ttt_enabled and not cfg.ttt_documents:           # documents are not compiled
         shape = (cfg.ttt_chunk_tokens + 1,)
         chunk = torch.randint(cfg.vocab_size, shape, dtype=torch.int32, device=dist.device)
-        SGD(run, forward, Stream(chunk, chunk), 2).step(chunk, 0.0)             # moves nothing
+        SGD(run, run.forward, Stream(chunk, chunk), 2).step(chunk, 0.0)         # moves nothing
     dist.barrier()
     log("warm_up", graph="scoring", seconds=time.perf_counter() - started)
 
 
-def score(scorer: Scorer, name: str, plan: list[Chunk], learner: Frozen, timed: bool):
+def score(name: str, scorer: Scorer, plan: list[Chunk], learner: Frozen, timed: bool = True):
     """Evaluate and report a pass, on the scoring clock if `timed`: (name, nats per token, bpb)."""
     rt, started = scorer.rt, time.perf_counter()
     tally = evaluate(scorer, plan, learner)
@@ -3153,34 +3170,26 @@ def eval_stage(run: Run, weights: dict[str, Tensor], identity: Identity) -> dict
     """Score the artifact, and flat `weights` by name; returns the final block."""
     cfg, rt = run.cfg, run.rt
     container, sizes = open_artifact(cfg, rt.log)
-    forward = partial(run.forward, looped=container.meta["looped"])
-    tensors = container.tensors(artifact_layout(run.flat))
+    run, tensors = run.for_artifact(container), container.tensors(artifact_layout(run.flat))
     tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, container.meta["tokenizer"])
-    warm_up_scoring(run, forward)
+    warm_up_scoring(run)
     if rt.clock.phase == "train":                           # this run has not calibrated
         rt.clock.close_training_data()
     started = time.perf_counter()
     stream = open_validation(run, tokenizer, identity)
     rt.clock.eval_seconds += time.perf_counter() - started
-    scorer, n = Scorer(cfg, rt, forward, stream), len(stream.bytes)
-    plain, sliding = plain_plan(n, cfg), sliding_plan(n, cfg)
+    plain = Scorer(cfg, rt, run.forward, stream), plain_plan(len(stream.bytes), cfg), Frozen()
     # The scores before quantization say what it costs.  These passes lead to no headline, so they
     # are off the clock; all passes over the artifact are on it.
     for name, vector in weights.items():
         run.flat.data.copy_(vector)
-        score(scorer, name, plain, Frozen(), timed=False)
+        score(name, *plain, timed=False)
     dequantize(tensors, run.flat)
-    headline = score(scorer, "quantized", plain, Frozen(), timed=True)
+    headline = score("quantized", *plain)
     if cfg.sliding_enabled:
-        headline = score(scorer, "sliding", sliding, Frozen(), timed=True)
-    if cfg.ttt_enabled and cfg.ttt_documents:
-        learner = DocumentWeights(run, container.meta["looped"])
-        scorer = DocumentScorer(cfg, rt, learner.forward, stream)
-        plan = document_plan(stream.tokens, cfg, rt.dist.world)
-        headline = score(scorer, "ttt", plan, learner, timed=True)
-    elif cfg.ttt_enabled:                                   # last: it leaves other weights behind
-        learner = SGD(run, forward, stream, len(sliding))
-        headline = score(scorer, "ttt", sliding, learner, timed=True)
+        headline = score("sliding", *choose_scoring(run, stream, learns=False))
+    if cfg.ttt_enabled:                                     # last: SGD leaves other weights behind
+        headline = score("ttt", *choose_scoring(run, stream, learns=True))
     name, loss, bpb = headline
     block = dict(val_bpb=bpb, val_loss=loss, score=name, train_seconds=rt.clock.train_seconds,
                  data_seconds=rt.clock.data_seconds, eval_seconds=rt.clock.eval_seconds,
