@@ -2169,15 +2169,9 @@ class Stream(NamedTuple):
     bytes: Tensor           # (n,) int16, bytes of text of each target
 
 
-class Window(NamedTuple):
-    """seq_len inputs from `start`; the last `tail` of their targets are scored."""
-    start: int
-    tail: int
-
-
 class Chunk(NamedTuple):
     """Windows that are scored by the same weights, and the targets first..last - 1 they score."""
-    windows: list[Window]
+    windows: list[range]            # targets that each scores, the last ones of its seq_len
     first: int                      # of documents: of their batch, counted in the order of scoring
     last: int
     told: dict | None = None        # what the log tells of it; None = nothing
@@ -2186,7 +2180,7 @@ class Chunk(NamedTuple):
 
 def plain_plan(n: int, cfg: Config) -> list[Chunk]:
     """One chunk of windows side by side over n targets; each scores all of its own."""
-    return [Chunk([Window(start, cfg.seq_len) for start in range(0, n, cfg.seq_len)], 0, n)]
+    return [Chunk([range(at, at + cfg.seq_len) for at in range(0, n, cfg.seq_len)], 0, n)]
 
 
 def sliding_plan(n: int, cfg: Config) -> list[Chunk]:
@@ -2195,9 +2189,9 @@ def sliding_plan(n: int, cfg: Config) -> list[Chunk]:
     The first window scores all of its targets, every other one the last `eval_stride`.
     """
     T, size = cfg.seq_len, n if cfg.ttt_documents else cfg.ttt_chunk_tokens
-    starts = range(0, n - T + 1, cfg.eval_stride)
-    windows = [Window(start, cfg.eval_stride if start else T) for start in starts]
-    groups = itertools.groupby(windows, lambda w: (w.start + T - w.tail) // size)
+    ends = range(T, n + 1, cfg.eval_stride)
+    windows = [range(end - cfg.eval_stride if end > T else 0, end) for end in ends]
+    groups = itertools.groupby(windows, lambda w: w.start // size)
     spans = [(list(group), i * size, min((i + 1) * size, n)) for i, group in groups]
     return [Chunk(group, first, last, dict(chunk=f"{i}/{len(spans)}", first=first, last=last),
                   (last < n,)) for i, (group, first, last) in enumerate(spans, 1)]
@@ -2207,9 +2201,9 @@ def document_plan(tokens: Tensor, cfg: Config, world: int) -> list[Chunk]:
     """Chunks of documents side by side, by length, `eval_batch_seqs` a rank.
 
     A document of the stream (n + 1,) begins with BOS or with the stream; the next one's BOS is its
-    last target.  Window i of a chunk is that of its batch's document i, tail 0 after its end.
+    last target.  Window i of a chunk is that of its batch's document i, empty after its end.
     """
-    T, n, size, most = cfg.seq_len, len(tokens) - 1, cfg.ttt_chunk_tokens, cfg.eval_batch_seqs
+    n, size, most = len(tokens) - 1, cfg.ttt_chunk_tokens, cfg.eval_batch_seqs
     cuts = sorted({0, n, *(tokens[:n] == BOS).nonzero()[:, 0].tolist()})
     documents = sorted(map(range, cuts, cuts[1:]), key=lambda d: (-len(d), d.start))
     batches = [documents[i:i + most * world] for i in range(0, len(documents), most * world)]
@@ -2219,7 +2213,7 @@ def document_plan(tokens: Tensor, cfg: Config, world: int) -> list[Chunk]:
         told = dict(chunk=f"{i}/{len(batches)}", first=first, last=last, documents=len(batch),
                     updates=(len(batch[0]) - 1) // size)
         for at in range(0, len(batch[0]), size):
-            windows = [Window(d[at:at + size].stop - T, len(d[at:at + size])) for d in batch]
+            windows = [d[at:at + size] for d in batch]
             goes_on = tuple(len(d) > at + size for d in batch)
             chunks.append(Chunk(windows, first, last, None if any(goes_on) else told, goes_on))
     return chunks
@@ -2232,13 +2226,13 @@ class Tally:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.ledger = np.zeros(n, np.int32)
 
-    def add(self, nll: Tensor, sizes: Tensor, windows: list[Window], seq_len: int):
+    def add(self, nll: Tensor, sizes: Tensor, windows: list[range]):
         """Count nats and bytes, both (B, tail), of the targets that `windows` score."""
         self.sums[0] += nll.double().sum()
         self.sums[1] += nll.numel()
         self.sums[2] += sizes.double().sum()
-        for start, tail in windows:
-            self.ledger[start + seq_len - tail:start + seq_len] += 1
+        for w in windows:
+            self.ledger[w.start:w.stop] += 1
 
     def total(self, dist: Dist) -> tuple[float, float, int, int]:
         """(nats per token, bits per byte, targets, bytes of text) over all ranks so far."""
@@ -2259,40 +2253,41 @@ class Scorer:
         self.steps = torch.arange(cfg.seq_len, device=rt.dist.device)               # (T,)
 
     @torch.no_grad()
-    def score(self, windows: list[Window], tally: Tally):
-        """Score this rank's slice of `windows`, in batches of one shape for each tail."""
+    def score(self, windows: list[range], tally: Tally):
+        """Score this rank's slice of `windows`, in batches of one shape for each length."""
         mine, size = self.rt.dist.local_slice(windows), self.cfg.eval_batch_seqs
-        for tail in sorted({w.tail for w in mine}):
-            same = [w for w in mine if w.tail == tail]
-            starts = [w.start for w in same] + [0] * (-len(same) % size)        # pad the last
+        for tail in sorted(set(map(len, mine))):
+            same = [w for w in mine if len(w) == tail]
+            starts = [w.stop - self.cfg.seq_len for w in same]
+            starts += [0] * (-len(same) % size)                                 # pad the last
             starts = torch.tensor(starts).to(self.rt.dist.device).view(-1, size)
             for i, part in enumerate(starts):
                 self.score_batch(part, same[i * size:(i + 1) * size], tally)
 
-    def score_batch(self, starts: Tensor, windows: list[Window], tally: Tally):
-        """Score `windows`, which begin at the first of `starts` (B,); the rest of B is padding."""
-        B, tail = len(windows), windows[0].tail
+    def score_batch(self, starts: Tensor, windows: list[range], tally: Tally):
+        """Score `windows`, whose inputs begin at `starts` (B,); the rest of B is padding."""
+        B, tail = len(windows), len(windows[0])
         at = starts[:, None] + self.steps                                           # (B, T)
         tokens, targets = self.stream.tokens[at], self.stream.tokens[at[:, -tail:] + 1]
         nll = self.forward(tokens.long(), targets.long(), precise=True)             # (B, tail)
         sizes = self.stream.bytes[at[:B, -tail:]]
-        tally.add(nll[:B], sizes, windows, self.cfg.seq_len)                    # without padding
+        tally.add(nll[:B], sizes, windows)                                      # without padding
 
 
 class DocumentScorer(Scorer):
     """Scores chunks of documents side by side; its `forward` is that of their heads."""
 
     @torch.no_grad()
-    def score(self, windows: list[Window], tally: Tally):
+    def score(self, windows: list[range], tally: Tally):
         """Score this rank's documents of a batch, padded to one shape."""
         cfg, mine, T = self.cfg, self.rt.dist.local_slice(windows), self.cfg.ttt_chunk_tokens
-        starts = [w.start + cfg.seq_len - w.tail for w in mine] + [0] * cfg.eval_batch_seqs
-        real = [T * i + j for i, w in enumerate(mine) for j in range(w.tail)]
+        starts = [w.start for w in mine] + [0] * cfg.eval_batch_seqs
+        real = [T * i + j for i, w in enumerate(mine) for j in range(len(w))]
         starts, real = (torch.tensor(x, device=self.rt.dist.device).long() for x in (starts, real))
         at = starts[:cfg.eval_batch_seqs, None] + self.steps[:T]
         at = at.clamp(max=len(self.stream.bytes) - 1)                                       # (B, T)
         nll = self.forward(self.stream.tokens[at].long(), self.stream.tokens[at + 1].long())
-        tally.add(nll.flatten()[real], self.stream.bytes[at.flatten()[real]], mine, cfg.seq_len)
+        tally.add(nll.flatten()[real], self.stream.bytes[at.flatten()[real]], mine)
 
 
 class Frozen:

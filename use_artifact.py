@@ -308,18 +308,15 @@ class Coder(train_gpt.Scorer):
         raise NotImplementedError
 
     @torch.no_grad()
-    def score(self, windows: list[train_gpt.Window], tally: train_gpt.Tally):
+    def score(self, windows: list[range], tally: train_gpt.Tally):
         """Score and code the targets of `windows` that are not beyond the end of the text."""
-        seq_len = self.cfg.seq_len
         for window in windows:
-            end = window.start + seq_len
-            first = end - window.tail
-            start = first if self.learner else window.start
-            nats = self.code_window(start, range(first, min(end, self.count)))
+            start = window.start if self.learner else window.stop - self.cfg.seq_len
+            nats = self.code_window(start, range(window.start, min(window.stop, self.count)))
             nats = tally.sums.new_tensor([nats])                                # (1, coded)
-            tally.add(nats, torch.ones_like(nats), [window], seq_len)
+            tally.add(nats, torch.ones_like(nats), [window])
             if self.learner:                                # the chunk is decoded: go on after it
-                chunk = self.stream.tokens[first:end + 1].long()[None]
+                chunk = self.stream.tokens[window.start:window.stop + 1].long()[None]
                 self.learner.forward(*map(self.padded, (chunk[:, :-1], chunk[:, 1:])))
 
     def padded(self, tokens: Tensor) -> Tensor:
@@ -545,12 +542,12 @@ class Limited:
         self.scorer, self.rt, self.stream = scorer, scorer.rt, scorer.stream
         self.nats = torch.zeros(2, dtype=torch.float64, device=self.rt.dist.device)
 
-    def score(self, windows: list[train_gpt.Window], tally: train_gpt.Tally):
+    def score(self, windows: list[range], tally: train_gpt.Tally):
         """Score `windows` as usual, reading along what is added to the tally."""
         floor = 2.0 ** -FIXED_BITS
 
-        def add(nll: Tensor, sizes: Tensor, *where):
-            tally.add(nll, sizes, *where)
+        def add(nll: Tensor, sizes: Tensor, windows: list[range]):
+            tally.add(nll, sizes, windows)
             p = (-nll.double()).exp() * (1 - floor * self.scorer.cfg.vocab_size) + floor
             self.nats += torch.stack([(x * sizes).sum() for x in (nll.double(), -p.log())])
         self.scorer.score(windows, SimpleNamespace(add=add))

@@ -174,9 +174,9 @@ class Capture(Scorer):
         self.slot[samples] = torch.arange(S, device=device)
         self.sampled = torch.zeros(S, run.cfg.vocab_size, **new)                        # (S, V)
 
-    def score_batch(self, starts: Tensor, windows: list[train_gpt.Window], tally: train_gpt.Tally):
+    def score_batch(self, starts: Tensor, windows: list[range], tally: train_gpt.Tally):
         """Score `windows` as `Scorer` does; `observe` sees their targets on the way."""
-        tail = windows[0].tail
+        tail = len(windows[0])
         first = starts[:len(windows), None]                     # the rest is padding
         self.at = (first + self.steps[-tail:]).flatten()                                # (B tail,)
         super().score_batch(starts, windows, tally)
