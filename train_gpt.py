@@ -1681,8 +1681,7 @@ OPTIMIZERS = dict(embed=AdamW, scalar=AdamW, muon=Muon)     # by group; the log 
 
 def build_optimizers(cfg: Config, flat: Flat, dist: Dist) -> dict:
     """The optimiser of each group, with `step` and `state`."""
-    assert set(OPTIMIZERS) == set(flat.groups), "every group has its optimiser"
-    return {group: kind(cfg, flat, dist, group) for group, kind in OPTIMIZERS.items()}
+    return {group: OPTIMIZERS[group](cfg, flat, dist, group) for group in flat.groups}
 
 
 class Schedule:
@@ -1919,8 +1918,6 @@ def quantize_model(cfg: Config, flat: Flat, weights: Tensor, hessians: dict[str,
     tensors, rows = {n: named[n].half() for n in flat.uncoded()}, []
     stacks = flat.stacks(weights) + [([n], named[n][None]) for n in flat.groups["embed"]]
     for names, W in log.track(stacks, "quantizing", len(stacks)):
-        if missing := [n for n in names if n not in hessians and n not in LOOKUP_TABLES]:
-            raise GolfError(f"{missing[0]}: calibration saw no input of this matrix")
         # With the identity GPTQ finds the nearest points of the trellis.
         eye = torch.eye(W.size(2), device=W.device)
         H = torch.stack([eye if n in LOOKUP_TABLES else hessians[n] for n in names])
@@ -2159,9 +2156,9 @@ def check_made_for(container: Container, cfg: Config):
 # ------------------------------------------------------------------------------------------------
 # Evaluation: every target scored exactly once, in nats and in bytes of text
 # ------------------------------------------------------------------------------------------------
-# Sliding windows as in parameter-golf #1493: context of seq_len tokens, `stride` new targets each.
-# Batches have one shape for each tail, so nothing compiles while the clock runs; logits are fp32,
-# as rounding them to bf16 before the soft cap costs 0.001 bits per byte (#1923 and its siblings).
+# Sliding windows as in parameter-golf #1493.  Batches have one shape for each length of window, so
+# nothing compiles while the clock runs; logits are fp32, as rounding them to bf16 before the soft
+# cap costs 0.001 bits per byte (#1923 and its siblings).
 
 class Stream(NamedTuple):
     """A stream of n targets on the device; target i is token i + 1."""
@@ -2170,17 +2167,15 @@ class Stream(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Windows that are scored by the same weights, and the targets first..last - 1 they score."""
+    """Windows that are scored by the same weights."""
     windows: list[range]            # targets that each scores, the last ones of its seq_len
-    first: int                      # of documents: of their batch, counted in the order of scoring
-    last: int
     told: dict | None = None        # what the log tells of it; None = nothing
     goes_on: tuple[bool, ...] = ()  # of each document: later chunks of it can learn from this one
 
 
 def plain_plan(n: int, cfg: Config) -> list[Chunk]:
     """One chunk of windows side by side over n targets; each scores all of its own."""
-    return [Chunk([range(at, at + cfg.seq_len) for at in range(0, n, cfg.seq_len)], 0, n)]
+    return [Chunk([range(at, at + cfg.seq_len) for at in range(0, n, cfg.seq_len)])]
 
 
 def sliding_plan(n: int, cfg: Config) -> list[Chunk]:
@@ -2191,10 +2186,10 @@ def sliding_plan(n: int, cfg: Config) -> list[Chunk]:
     T, size = cfg.seq_len, n if cfg.ttt_documents else cfg.ttt_chunk_tokens
     ends = range(T, n + 1, cfg.eval_stride)
     windows = [range(end - cfg.eval_stride if end > T else 0, end) for end in ends]
-    groups = itertools.groupby(windows, lambda w: w.start // size)
-    spans = [(list(group), i * size, min((i + 1) * size, n)) for i, group in groups]
-    return [Chunk(group, first, last, dict(chunk=f"{i}/{len(spans)}", first=first, last=last),
-                  (last < n,)) for i, (group, first, last) in enumerate(spans, 1)]
+    groups = [list(group) for _, group in itertools.groupby(windows, lambda w: w.start // size)]
+    return [Chunk(group, dict(chunk=f"{i}/{len(groups)}", first=group[0].start,
+                              last=group[-1].stop), (i < len(groups),))
+            for i, group in enumerate(groups, 1)]
 
 
 def document_plan(tokens: Tensor, cfg: Config, world: int) -> list[Chunk]:
@@ -2215,7 +2210,7 @@ def document_plan(tokens: Tensor, cfg: Config, world: int) -> list[Chunk]:
         for at in range(0, len(batch[0]), size):
             windows = [d[at:at + size] for d in batch]
             goes_on = tuple(len(d) > at + size for d in batch)
-            chunks.append(Chunk(windows, first, last, None if any(goes_on) else told, goes_on))
+            chunks.append(Chunk(windows, None if any(goes_on) else told, goes_on))
     return chunks
 
 
@@ -2354,8 +2349,9 @@ class SGD(Frozen):
         cfg, share = self.run.cfg, self.done / (self.chunks - 1)
         lr = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * share))
         self.done += 1
+        first, last = chunk.windows[0].start, chunk.windows[-1].stop
         for _ in range(cfg.ttt_epochs):
-            self.step(self.stream.tokens[chunk.first:chunk.last + 1], lr)
+            self.step(self.stream.tokens[first:last + 1], lr)
         return dict(lr=lr)
 
     def step(self, tokens: Tensor, lr: float):
@@ -2485,7 +2481,6 @@ def choose_scoring(run: "Run", stream: Stream, learns: bool) -> tuple[Scorer, li
 # ------------------------------------------------------------------------------------------------
 # Training: one loop on the wall clock, after an untimed warm-up that compiles and measures
 # ------------------------------------------------------------------------------------------------
-# The clock starts when all is compiled and measured: warm-up steps see random tokens only.
 
 class Run(NamedTuple):
     """A model and what it needs to run."""
@@ -2598,7 +2593,7 @@ class TrainState:
 
 
 def warm_up(run: Run) -> tuple[dict[bool, float], float]:
-    """Compile and time both training graphs and calibration, then restore the initial weights.
+    """Compile and time both training graphs and calibration on random tokens; moves no weight.
 
     Returns: seconds per step by `looped`, seconds per calibration batch.
     """
@@ -3082,7 +3077,6 @@ def fit_artifact(run: Run, state: TrainState, hessians: dict, gradients: dict,
 def quantize_stage(run: Run, state: TrainState, count: int, identity: Identity):
     """Calibrate on the `count` training batches that come next, quantize, write the artifact."""
     cfg, (dist, log, clock), limit = run.cfg, run.rt, run.cfg.max_wallclock_seconds
-    # Calibration continues where training ended, on batches after the last that was learnt from.
     batches = Batches(cfg, open_shards(cfg, "train", run.rt, identity), dist, state.loader)
     run.flat.data.copy_(state.ema)
     # #1858's "void fraction": weights with |w| <= mean |w|, 0.575 for a normal distribution.
@@ -3117,13 +3111,13 @@ def quantize_stage(run: Run, state: TrainState, count: int, identity: Identity):
 
 def open_artifact(cfg: Config, log: Log) -> tuple[Container, dict]:
     """This run's artifact and its sizes; logs them with the hash that freezes it."""
-    path, code = cfg.artifact_path, len(own_source())
-    container, data = open_container(path, "artifact"), path.read_bytes()
+    container, data = open_container(cfg.artifact_path, "artifact"), cfg.artifact_path.read_bytes()
     check_made_for(container, cfg)
-    log("artifact", file=path, model_bytes=len(data), code_bytes=code,
-        total_bytes=len(data) + code, limit_bytes=cfg.target_bytes,
+    sizes = dict(model_bytes=len(data), code_bytes=len(own_source()))
+    total = sum(sizes.values())
+    log("artifact", file=container.path, **sizes, total_bytes=total, limit_bytes=cfg.target_bytes,
         sha256=hashlib.sha256(data).hexdigest())
-    return container, dict(artifact_bytes=len(data) + code, model_bytes=len(data), code_bytes=code)
+    return container, dict(artifact_bytes=total, **sizes)
 
 
 def open_validation(run: Run, tokenizer, identity: Identity) -> Stream:

@@ -85,7 +85,7 @@ def head_inputs(hidden: torch.Tensor) -> torch.Tensor:
 
 def learn_once(learner: DocumentWeights, tokens: torch.Tensor, goes_on: tuple[bool, ...]):
     """Score the first chunk of documents and learn from it: inputs and targets (2, B, T)."""
-    chunk = Chunk([], 0, 0, None, goes_on)
+    chunk = Chunk([], None, goes_on)
     learner.before(chunk)
     learner.forward(*tokens)
     learner.after(chunk)
@@ -121,8 +121,7 @@ def test_a_plan_scores_each_target_once(make_cfg, world):
                     assert len(at) == size if goes_on else len(at) <= size
                     lengths[start] = lengths.get(start, 0) + len(at)
             assert bool(chunk.told) != any(chunk.goes_on)
-            assert chunk.first < len(found) <= chunk.last
-            assert not chunk.told or chunk.last == len(found)
+            assert not chunk.told or chunk.told["last"] == len(found)
         assert sorted(found) == list(range(n))
         assert list(lengths.values()) == sorted(lengths.values(), reverse=True)
 
@@ -328,7 +327,7 @@ def test_a_score_is_that_of_the_mean_of_two_probabilities(make_cfg, make_run):
     run = stirred(make_run(make_cfg(**{**SHORT, "eval_batch_seqs": 320})))
     V, cap = run.cfg.vocab_size, run.cfg.logit_softcap
     set_rates(run)
-    learner, chunk = DocumentWeights(run, True), Chunk([], 0, 0, None, (True,) * V)
+    learner, chunk = DocumentWeights(run, True), Chunk([], None, (True,) * V)
     ids, every = torch.randint(3, V, (9,)), torch.arange(V)[:, None].expand(V, 4)
     learn_once(learner, torch.stack([ids[:4], ids[1:5]])[:, None].expand(2, V, 4), (True,) * V)
     learner.before(chunk)

@@ -72,12 +72,12 @@ def test_plans_score_each_target_once():
     for n, cfg in sizes():
         T, size = cfg.seq_len, cfg.ttt_chunk_tokens
         plain, sliding = (make(n, cfg) for make in PLANS.values())
-        assert [(c.first, c.last) for c in plain] == [(0, n)]
-        assert [(c.first, c.last) for c in sliding] == [
+        assert [(c.told["first"], c.told["last"]) for c in sliding] == [
             (lo, min(lo + size, n)) for lo in range(0, n, size)]
-        for chunk in plain + sliding:
+        whole = plain[0]._replace(told=dict(first=0, last=n))
+        for chunk in [whole, *sliding]:
             targets = [t for w in chunk.windows for t in w]
-            assert targets == list(range(chunk.first, chunk.last))
+            assert targets == list(range(chunk.told["first"], chunk.told["last"]))
             assert all(T <= w.stop <= n and 0 < len(w) <= T for w in chunk.windows)
 
 
@@ -165,7 +165,7 @@ def counting(cfg, data: Stream, shapes: list) -> Scorer:
 
 @pytest.mark.parametrize("batch", [1, 5, 16, 100])
 def test_padding_is_never_counted(make_cfg, batch):
-    """Batches are filled up to one shape for each tail; only real windows enter the sums."""
+    """Batches are filled up to one shape for each length; only real windows enter the sums."""
     cfg, shapes = make_cfg(eval_batch_seqs=batch), []
     data = stream(cfg, 448)
     scorer = counting(cfg, data, shapes)

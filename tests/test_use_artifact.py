@@ -491,7 +491,8 @@ def learn_first(scorer, plan, learner):
     tally = train_gpt.Tally(len(scorer.stream.bytes), scorer.rt.dist.device)
     for chunk in plan:
         for _ in range(20):
-            learner.step(scorer.stream.tokens[chunk.first:chunk.last + 1], scorer.cfg.ttt_lr)
+            first, last = chunk.windows[0].start, chunk.windows[-1].stop
+            learner.step(scorer.stream.tokens[first:last + 1], scorer.cfg.ttt_lr)
         scorer.score(chunk.windows, tally)
     return tally
 
