@@ -448,7 +448,7 @@ class Log:
         self.file, self.console = None, True
         self.on_terminal = dist.is_main and sys.stderr.isatty()
         if dist.is_main:
-            self.path = path = Path(cfg.out_dir) / "logs" / f"{cfg.name}.txt"
+            path = self.path = Path(cfg.out_dir) / "logs" / f"{cfg.name}.txt"
             check_output(path)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -768,8 +768,8 @@ def bytes_per_target(tokens: np.ndarray, tokenizer) -> np.ndarray:
     ids = range(tokenizer.vocab_size())
     pieces = [tokenizer.id_to_piece(i) for i in ids]
     # Control tokens decode to nothing; the word after one has no leading space to count.
-    kinds = tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused
-    control = np.array([any(is_kind(i) for is_kind in kinds) for i in ids])             # (V,)
+    control = np.array([tokenizer.is_control(i) or tokenizer.is_unknown(i)
+                        or tokenizer.is_unused(i) for i in ids])                        # (V,)
     spaced = np.array([p.startswith(WORD_MARK) for p in pieces]) & ~control             # (V,)
     sizes = [1 if tokenizer.is_byte(i) else len(p.removeprefix(WORD_MARK).encode())
              for i, p in zip(ids, pieces)]
@@ -1679,11 +1679,6 @@ class AdamW:
 OPTIMIZERS = dict(embed=AdamW, scalar=AdamW, muon=Muon)     # by group; the log has their names
 
 
-def build_optimizers(cfg: Config, flat: Flat, dist: Dist) -> dict:
-    """The optimiser of each group, with `step` and `state`."""
-    return {group: OPTIMIZERS[group](cfg, flat, dist, group) for group in flat.groups}
-
-
 class Schedule:
     """Learning rate, recurrence, momentum and EMA decay as functions of training progress."""
     TRAIL = 0.03        # of expected steps: horizon of the EMA that lookahead moves away from
@@ -1918,6 +1913,8 @@ def quantize_model(cfg: Config, flat: Flat, weights: Tensor, hessians: dict[str,
     tensors, rows = {n: named[n].half() for n in flat.uncoded()}, []
     stacks = flat.stacks(weights) + [([n], named[n][None]) for n in flat.groups["embed"]]
     for names, W in log.track(stacks, "quantizing", len(stacks)):
+        if missing := [n for n in names if n not in hessians and n not in LOOKUP_TABLES]:
+            raise GolfError(f"{missing[0]}: calibration saw no input of this matrix")
         # With the identity GPTQ finds the nearest points of the trellis.
         eye = torch.eye(W.size(2), device=W.device)
         H = torch.stack([eye if n in LOOKUP_TABLES else hessians[n] for n in names])
@@ -2349,9 +2346,9 @@ class SGD(Frozen):
         cfg, share = self.run.cfg, self.done / (self.chunks - 1)
         lr = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * share))
         self.done += 1
-        first, last = chunk.windows[0].start, chunk.windows[-1].stop
+        tokens = self.stream.tokens[chunk.windows[0].start:chunk.windows[-1].stop + 1]
         for _ in range(cfg.ttt_epochs):
-            self.step(self.stream.tokens[first:last + 1], lr)
+            self.step(tokens, lr)
         return dict(lr=lr)
 
     def step(self, tokens: Tensor, lr: float):
@@ -2534,7 +2531,8 @@ class TrainState:
 
     def __init__(self, run: Run, expected_steps: int, recurrent: bool):
         self.run, self.schedule = run, Schedule(run.cfg, expected_steps, recurrent)
-        self.optimizers = build_optimizers(run.cfg, run.flat, run.rt.dist)
+        self.optimizers = {group: OPTIMIZERS[group](run.cfg, run.flat, run.rt.dist, group)
+                           for group in run.flat.groups}
         self.ema = run.flat.data.clone()                                            # (P,)
         self.trail = run.flat.data.clone()                      # a shorter EMA, for lookahead
         self.step, self.seconds, self.loader = 0, 0.0, None     # loader: state of the batches

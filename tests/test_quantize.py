@@ -548,6 +548,14 @@ def test_a_matrix_of_zeros_has_no_error(trained):
     assert all(math.isfinite(row[key]) for row in rows.values() for key in row if key != "name")
 
 
+def test_a_missing_hessian_raises(trained):
+    """A matrix whose input calibration did not see is an error that names it, whichever it is."""
+    for name in trained.hessians:
+        others = {n: H for n, H in trained.hessians.items() if n != name}
+        with pytest.raises(GolfError, match=f"{re.escape(name)}: calibration saw no input"):
+            quantize_model(trained, USUAL, others)
+
+
 def test_lookup_tables_are_rounded_without_a_hessian(make_cfg, make_run):
     """No product reads #1060's tables of pairs and values: their inputs are taken as white."""
     run = stirred(make_run(make_cfg(extras_1060=True)))
