@@ -209,7 +209,7 @@ class Config:
     eval_batch_seqs: int = 64  # windows or documents at once; changes memory, not results
     sliding_enabled: bool = True  # also score sliding windows with frozen weights
     ttt_enabled: bool = True  # headline score with test-time training
-    ttt_documents: bool = False  # each document teaches a head of its own; off: one SGD for all
+    ttt_documents: bool = False  # each document teaches changes of its own; off: one SGD for all
     ttt_lr: float = setting(0.005, low=0)  # of a head, or SGD's peak, cosine to 0 over chunks
     ttt_attention: float = setting(0.0, low=0)  # of attention, over a head's; 0 = heads alone learn
     ttt_momentum: float = setting(0.9, low=0, below=1)  # SGD momentum, kept between chunks
@@ -449,7 +449,7 @@ class Log:
         self.file, self.console = None, True
         self.on_terminal = dist.is_main and sys.stderr.isatty()
         if dist.is_main:
-            self.path = path = Path(cfg.out_dir) / "logs" / f"{cfg.name}.txt"
+            path = self.path = Path(cfg.out_dir) / "logs" / f"{cfg.name}.txt"
             check_output(path)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -769,8 +769,8 @@ def bytes_per_target(tokens: np.ndarray, tokenizer) -> np.ndarray:
     ids = range(tokenizer.vocab_size())
     pieces = [tokenizer.id_to_piece(i) for i in ids]
     # Control tokens decode to nothing; the word after one has no leading space to count.
-    kinds = tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused
-    control = np.array([any(is_kind(i) for is_kind in kinds) for i in ids])             # (V,)
+    control = np.array([tokenizer.is_control(i) or tokenizer.is_unknown(i)
+                        or tokenizer.is_unused(i) for i in ids])                        # (V,)
     spaced = np.array([p.startswith(WORD_MARK) for p in pieces]) & ~control             # (V,)
     sizes = [1 if tokenizer.is_byte(i) else len(p.removeprefix(WORD_MARK).encode())
              for i, p in zip(ids, pieces)]
@@ -1694,12 +1694,6 @@ class AdamW:
 OPTIMIZERS = dict(embed=AdamW, scalar=AdamW, muon=Muon)     # by group; the log has their names
 
 
-def build_optimizers(cfg: Config, flat: Flat, dist: Dist) -> dict:
-    """The optimiser of each group, with `step` and `state`."""
-    assert set(OPTIMIZERS) == set(flat.groups), "every group has its optimiser"
-    return {group: kind(cfg, flat, dist, group) for group, kind in OPTIMIZERS.items()}
-
-
 class Schedule:
     """Learning rate, recurrence, momentum and EMA decay as functions of training progress."""
     TRAIL = 0.03        # of expected steps: horizon of the EMA that lookahead moves away from
@@ -2173,9 +2167,9 @@ def check_made_for(container: Container, cfg: Config):
 # ------------------------------------------------------------------------------------------------
 # Evaluation: every target scored exactly once, in nats and in bytes of text
 # ------------------------------------------------------------------------------------------------
-# Sliding windows as in parameter-golf #1493: context of seq_len tokens, `stride` new targets each.
-# Batches have one shape for each tail, so nothing compiles while the clock runs; logits are fp32,
-# as rounding them to bf16 before the soft cap costs 0.001 bits per byte (#1923 and its siblings).
+# Sliding windows as in parameter-golf #1493.  Batches have one shape for each length of window, so
+# nothing compiles while the clock runs; logits are fp32, as rounding them to bf16 before the soft
+# cap costs 0.001 bits per byte (#1923 and its siblings).
 
 class Stream(NamedTuple):
     """A stream of n targets on the device; target i is token i + 1."""
@@ -2183,24 +2177,16 @@ class Stream(NamedTuple):
     bytes: Tensor           # (n,) int16, bytes of text of each target
 
 
-class Window(NamedTuple):
-    """seq_len inputs from `start`; the last `tail` of their targets are scored."""
-    start: int
-    tail: int
-
-
 class Chunk(NamedTuple):
-    """Windows that are scored by the same weights, and the targets first..last - 1 they score."""
-    windows: list[Window]
-    first: int                      # of documents: of their batch, counted in the order of scoring
-    last: int
+    """Windows that are scored by the same weights."""
+    windows: list[range]            # targets that each scores, the last ones of its seq_len
     told: dict | None = None        # what the log tells of it; None = nothing
     goes_on: tuple[bool, ...] = ()  # of each document: later chunks of it can learn from this one
 
 
 def plain_plan(n: int, cfg: Config) -> list[Chunk]:
     """One chunk of windows side by side over n targets; each scores all of its own."""
-    return [Chunk([Window(start, cfg.seq_len) for start in range(0, n, cfg.seq_len)], 0, n)]
+    return [Chunk([range(at, at + cfg.seq_len) for at in range(0, n, cfg.seq_len)])]
 
 
 def sliding_plan(n: int, cfg: Config) -> list[Chunk]:
@@ -2209,21 +2195,21 @@ def sliding_plan(n: int, cfg: Config) -> list[Chunk]:
     The first window scores all of its targets, every other one the last `eval_stride`.
     """
     T, size = cfg.seq_len, n if cfg.ttt_documents else cfg.ttt_chunk_tokens
-    starts = range(cfg.eval_stride, n - T + 1, cfg.eval_stride)
-    windows = [Window(0, T), *(Window(start, cfg.eval_stride) for start in starts)]
-    groups = itertools.groupby(windows, lambda w: (w.start + T - w.tail) // size)
-    spans = [(list(group), i * size, min((i + 1) * size, n)) for i, group in groups]
-    return [Chunk(group, first, last, dict(chunk=f"{i}/{len(spans)}", first=first, last=last),
-                  (last < n,)) for i, (group, first, last) in enumerate(spans, 1)]
+    ends = range(T, n + 1, cfg.eval_stride)
+    windows = [range(end - cfg.eval_stride if end > T else 0, end) for end in ends]
+    groups = [list(group) for _, group in itertools.groupby(windows, lambda w: w.start // size)]
+    return [Chunk(group, dict(chunk=f"{i}/{len(groups)}", first=group[0].start,
+                              last=group[-1].stop), (i < len(groups),))
+            for i, group in enumerate(groups, 1)]
 
 
 def document_plan(tokens: Tensor, cfg: Config, world: int) -> list[Chunk]:
     """Chunks of documents side by side, by length, `eval_batch_seqs` a rank.
 
     A document of the stream (n + 1,) begins with BOS or with the stream; the next one's BOS is its
-    last target.  Window i of a chunk is that of its batch's document i, tail 0 after its end.
+    last target.  Window i of a chunk is that of its batch's document i, empty after its end.
     """
-    T, n, size, most = cfg.seq_len, len(tokens) - 1, cfg.ttt_chunk_tokens, cfg.eval_batch_seqs
+    n, size, most = len(tokens) - 1, cfg.ttt_chunk_tokens, cfg.eval_batch_seqs
     cuts = sorted({0, n, *(tokens[:n] == BOS).nonzero()[:, 0].tolist()})
     documents = sorted(map(range, cuts, cuts[1:]), key=lambda d: (-len(d), d.start))
     batches = [documents[i:i + most * world] for i in range(0, len(documents), most * world)]
@@ -2233,9 +2219,9 @@ def document_plan(tokens: Tensor, cfg: Config, world: int) -> list[Chunk]:
         told = dict(chunk=f"{i}/{len(batches)}", first=first, last=last, documents=len(batch),
                     updates=(len(batch[0]) - 1) // size)
         for at in range(0, len(batch[0]), size):
-            windows = [Window(d[at:at + size].stop - T, len(d[at:at + size])) for d in batch]
+            windows = [d[at:at + size] for d in batch]
             goes_on = tuple(len(d) > at + size for d in batch)
-            chunks.append(Chunk(windows, first, last, None if any(goes_on) else told, goes_on))
+            chunks.append(Chunk(windows, None if any(goes_on) else told, goes_on))
     return chunks
 
 
@@ -2246,13 +2232,13 @@ class Tally:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.ledger = np.zeros(n, np.int32)
 
-    def add(self, nll: Tensor, sizes: Tensor, windows: list[Window], seq_len: int):
+    def add(self, nll: Tensor, sizes: Tensor, windows: list[range]):
         """Count nats and bytes, both (B, tail), of the targets that `windows` score."""
         self.sums[0] += nll.double().sum()
         self.sums[1] += nll.numel()
         self.sums[2] += sizes.double().sum()
-        for start, tail in windows:
-            self.ledger[start + seq_len - tail:start + seq_len] += 1
+        for w in windows:
+            self.ledger[w.start:w.stop] += 1
 
     def total(self, dist: Dist) -> tuple[float, float, int, int]:
         """(nats per token, bits per byte, targets, bytes of text) over all ranks so far."""
@@ -2273,40 +2259,41 @@ class Scorer:
         self.steps = torch.arange(cfg.seq_len, device=rt.dist.device)               # (T,)
 
     @torch.no_grad()
-    def score(self, windows: list[Window], tally: Tally):
-        """Score this rank's slice of `windows`, in batches of one shape for each tail."""
+    def score(self, windows: list[range], tally: Tally):
+        """Score this rank's slice of `windows`, in batches of one shape for each length."""
         mine, size = self.rt.dist.local_slice(windows), self.cfg.eval_batch_seqs
-        for tail in sorted({w.tail for w in mine}):
-            same = [w for w in mine if w.tail == tail]
-            starts = [w.start for w in same] + [0] * (-len(same) % size)        # pad the last
+        for tail in sorted(set(map(len, mine))):
+            same = [w for w in mine if len(w) == tail]
+            starts = [w.stop - self.cfg.seq_len for w in same]
+            starts += [0] * (-len(same) % size)                                 # pad the last
             starts = torch.tensor(starts).to(self.rt.dist.device).view(-1, size)
             for i, part in enumerate(starts):
                 self.score_batch(part, same[i * size:(i + 1) * size], tally)
 
-    def score_batch(self, starts: Tensor, windows: list[Window], tally: Tally):
-        """Score `windows`, which begin at the first of `starts` (B,); the rest of B is padding."""
-        B, tail = len(windows), windows[0].tail
+    def score_batch(self, starts: Tensor, windows: list[range], tally: Tally):
+        """Score `windows`, whose inputs begin at `starts` (B,); the rest of B is padding."""
+        B, tail = len(windows), len(windows[0])
         at = starts[:, None] + self.steps                                           # (B, T)
         tokens, targets = self.stream.tokens[at], self.stream.tokens[at[:, -tail:] + 1]
         nll = self.forward(tokens.long(), targets.long(), precise=True)             # (B, tail)
         sizes = self.stream.bytes[at[:B, -tail:]]
-        tally.add(nll[:B], sizes, windows, self.cfg.seq_len)                    # without padding
+        tally.add(nll[:B], sizes, windows)                                      # without padding
 
 
 class DocumentScorer(Scorer):
     """Scores chunks of documents side by side; its `forward` is that of their heads."""
 
     @torch.no_grad()
-    def score(self, windows: list[Window], tally: Tally):
+    def score(self, windows: list[range], tally: Tally):
         """Score this rank's documents of a batch, padded to one shape."""
         cfg, mine, T = self.cfg, self.rt.dist.local_slice(windows), self.cfg.ttt_chunk_tokens
-        starts = [w.start + cfg.seq_len - w.tail for w in mine] + [0] * cfg.eval_batch_seqs
-        real = [T * i + j for i, w in enumerate(mine) for j in range(w.tail)]
+        starts = [w.start for w in mine] + [0] * cfg.eval_batch_seqs
+        real = [T * i + j for i, w in enumerate(mine) for j in range(len(w))]
         starts, real = (torch.tensor(x, device=self.rt.dist.device).long() for x in (starts, real))
         at = starts[:cfg.eval_batch_seqs, None] + self.steps[:T]
         at = at.clamp(max=len(self.stream.bytes) - 1)                                       # (B, T)
         nll = self.forward(self.stream.tokens[at].long(), self.stream.tokens[at + 1].long())
-        tally.add(nll.flatten()[real], self.stream.bytes[at.flatten()[real]], mine, cfg.seq_len)
+        tally.add(nll.flatten()[real], self.stream.bytes[at.flatten()[real]], mine)
 
 
 class Frozen:
@@ -2356,8 +2343,7 @@ def report_score(name: str, tally: Tally, rt: Runtime, seconds: float) -> tuple[
 # ------------------------------------------------------------------------------------------------
 # Test-time training: learners, which adapt to a chunk after it has been scored
 # ------------------------------------------------------------------------------------------------
-# Score-first adaptation of parameter-golf #549/#1413/#1493, by documents of #1530.  eval_stage
-# chooses the learner, and for texts use_artifact.evaluate_text does, which must agree with it.
+# Score-first adaptation of parameter-golf #549/#1413/#1493, by documents of #1530.
 
 class SGD(Frozen):
     """Test-time SGD with momentum on all weights, a few steps on each scored chunk."""
@@ -2374,8 +2360,9 @@ class SGD(Frozen):
         cfg, share = self.run.cfg, self.done / (self.chunks - 1)
         lr = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * share))
         self.done += 1
+        tokens = self.stream.tokens[chunk.windows[0].start:chunk.windows[-1].stop + 1]
         for _ in range(cfg.ttt_epochs):
-            self.step(self.stream.tokens[chunk.first:chunk.last + 1], lr)
+            self.step(tokens, lr)
         return dict(lr=lr)
 
     def step(self, tokens: Tensor, lr: float):
@@ -2489,10 +2476,21 @@ class DocumentWeights(Frozen):
         return {}
 
 
+def choose_scoring(run: "Run", stream: Stream, learns: bool) -> tuple[Scorer, list[Chunk], Frozen]:
+    """What `evaluate` takes to score a stream by an artifact, here and in use_artifact.py."""
+    cfg = run.cfg
+    if learns and cfg.ttt_documents:
+        learner = DocumentWeights(run, run.looped)
+        scorer = DocumentScorer(cfg, run.rt, learner.forward, stream)
+        return scorer, document_plan(stream.tokens, cfg, run.rt.dist.world), learner
+    plan = sliding_plan(len(stream.bytes), cfg)
+    learner = SGD(run, run.forward, stream, len(plan)) if learns else Frozen()
+    return Scorer(cfg, run.rt, run.forward, stream), plan, learner
+
+
 # ------------------------------------------------------------------------------------------------
 # Training: one loop on the wall clock, after an untimed warm-up that compiles and measures
 # ------------------------------------------------------------------------------------------------
-# The clock starts when all is compiled and measured: warm-up steps see random tokens only.
 
 class Run(NamedTuple):
     """A model and what it needs to run."""
@@ -2502,6 +2500,12 @@ class Run(NamedTuple):
     flat: Flat
     forward: Callable       # model.forward, whose two halves are compiled on CUDA
     capture: Callable       # model.capture_linear_inputs with its mask, likewise
+    looped: bool = False    # whether an artifact, once it is read, has recurrence
+
+    def for_artifact(self, container: Container) -> "Run":
+        """This run with the forward pass of an artifact."""
+        looped = container.meta["looped"]
+        return self._replace(forward=partial(self.forward, looped=looped), looped=looped)
 
 
 def build_run(cfg: Config, dist: Dist, log: Log) -> Run:
@@ -2538,7 +2542,8 @@ class TrainState:
 
     def __init__(self, run: Run, expected_steps: int, recurrent: bool):
         self.run, self.schedule = run, Schedule(run.cfg, expected_steps, recurrent)
-        self.optimizers = build_optimizers(run.cfg, run.flat, run.rt.dist)
+        self.optimizers = {group: OPTIMIZERS[group](run.cfg, run.flat, run.rt.dist, group)
+                           for group in run.flat.groups}
         self.ema = run.flat.data.clone()                                            # (P,)
         self.trail = run.flat.data.clone()                      # a shorter EMA, for lookahead
         self.step, self.seconds, self.loader = 0, 0.0, None     # loader: state of the batches
@@ -2597,7 +2602,7 @@ class TrainState:
 
 
 def warm_up(run: Run) -> tuple[dict[bool, float], float]:
-    """Compile and time both training graphs and calibration, then restore the initial weights.
+    """Compile and time both training graphs and calibration on random tokens; moves no weight.
 
     Returns: seconds per step by `looped`, seconds per calibration batch.
     """
@@ -3081,7 +3086,6 @@ def fit_artifact(run: Run, state: TrainState, hessians: dict, gradients: dict,
 def quantize_stage(run: Run, state: TrainState, count: int, identity: Identity):
     """Calibrate on the `count` training batches that come next, quantize, write the artifact."""
     cfg, (dist, log, clock), limit = run.cfg, run.rt, run.cfg.max_wallclock_seconds
-    # Calibration continues where training ended, on batches after the last that was learnt from.
     batches = Batches(cfg, open_shards(cfg, "train", run.rt, identity), dist, state.loader)
     run.flat.data.copy_(state.ema)
     # #1858's "void fraction": weights with |w| <= mean |w|, 0.575 for a normal distribution.
@@ -3116,13 +3120,13 @@ def quantize_stage(run: Run, state: TrainState, count: int, identity: Identity):
 
 def open_artifact(cfg: Config, log: Log) -> tuple[Container, dict]:
     """This run's artifact and its sizes; logs them with the hash that freezes it."""
-    path, code = cfg.artifact_path, len(own_source())
-    container, data = open_container(path, "artifact"), path.read_bytes()
+    container, data = open_container(cfg.artifact_path, "artifact"), cfg.artifact_path.read_bytes()
     check_made_for(container, cfg)
-    log("artifact", file=path, model_bytes=len(data), code_bytes=code,
-        total_bytes=len(data) + code, limit_bytes=cfg.target_bytes,
+    sizes = dict(model_bytes=len(data), code_bytes=len(own_source()))
+    total = sum(sizes.values())
+    log("artifact", file=container.path, **sizes, total_bytes=total, limit_bytes=cfg.target_bytes,
         sha256=hashlib.sha256(data).hexdigest())
-    return container, dict(artifact_bytes=len(data) + code, model_bytes=len(data), code_bytes=code)
+    return container, dict(artifact_bytes=total, **sizes)
 
 
 def open_validation(run: Run, tokenizer, identity: Identity) -> Stream:
@@ -3134,23 +3138,23 @@ def open_validation(run: Run, tokenizer, identity: Identity) -> Stream:
     return Stream(*(torch.from_numpy(a).to(run.rt.dist.device) for a in arrays))
 
 
-def warm_up_scoring(run: Run, forward: Callable):
+def warm_up_scoring(run: Run):
     """Compile every shape that scoring and SGD use, on random tokens."""
     cfg, (dist, log, _) = run.cfg, run.rt
     started, shape = time.perf_counter(), (cfg.eval_batch_seqs, cfg.seq_len)
     with log.track(None, "warming up scoring", 1), torch.no_grad():
         tokens = torch.randint(cfg.vocab_size, shape, device=dist.device)
         for tail in {cfg.seq_len, cfg.eval_stride}:
-            forward(tokens, tokens[:, -tail:].contiguous(), precise=True)       # as in score_batch
+            run.forward(tokens, tokens[:, -tail:].contiguous(), precise=True)   # as in score_batch
     if cfg.ttt_enabled and not cfg.ttt_documents:           # documents are not compiled
         shape = (cfg.ttt_chunk_tokens + 1,)
         chunk = torch.randint(cfg.vocab_size, shape, dtype=torch.int32, device=dist.device)
-        SGD(run, forward, Stream(chunk, chunk), 2).step(chunk, 0.0)             # moves nothing
+        SGD(run, run.forward, Stream(chunk, chunk), 2).step(chunk, 0.0)         # moves nothing
     dist.barrier()
     log("warm_up", graph="scoring", seconds=time.perf_counter() - started)
 
 
-def score(scorer: Scorer, name: str, plan: list[Chunk], learner: Frozen, timed: bool):
+def score(name: str, scorer: Scorer, plan: list[Chunk], learner: Frozen, timed: bool = True):
     """Evaluate and report a pass, on the scoring clock if `timed`: (name, nats per token, bpb)."""
     rt, started = scorer.rt, time.perf_counter()
     tally = evaluate(scorer, plan, learner)
@@ -3164,34 +3168,26 @@ def eval_stage(run: Run, weights: dict[str, Tensor], identity: Identity) -> dict
     """Score the artifact, and flat `weights` by name; returns the final block."""
     cfg, rt = run.cfg, run.rt
     container, sizes = open_artifact(cfg, rt.log)
-    forward = partial(run.forward, looped=container.meta["looped"])
-    tensors = container.tensors(artifact_layout(run.flat))
+    run, tensors = run.for_artifact(container), container.tensors(artifact_layout(run.flat))
     tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, container.meta["tokenizer"])
-    warm_up_scoring(run, forward)
+    warm_up_scoring(run)
     if rt.clock.phase == "train":                           # this run has not calibrated
         rt.clock.close_training_data()
     started = time.perf_counter()
     stream = open_validation(run, tokenizer, identity)
     rt.clock.eval_seconds += time.perf_counter() - started
-    scorer, n = Scorer(cfg, rt, forward, stream), len(stream.bytes)
-    plain, sliding = plain_plan(n, cfg), sliding_plan(n, cfg)
+    plain = Scorer(cfg, rt, run.forward, stream), plain_plan(len(stream.bytes), cfg), Frozen()
     # The scores before quantization say what it costs.  These passes lead to no headline, so they
     # are off the clock; all passes over the artifact are on it.
     for name, vector in weights.items():
         run.flat.data.copy_(vector)
-        score(scorer, name, plain, Frozen(), timed=False)
+        score(name, *plain, timed=False)
     dequantize(tensors, run.flat)
-    headline = score(scorer, "quantized", plain, Frozen(), timed=True)
+    headline = score("quantized", *plain)
     if cfg.sliding_enabled:
-        headline = score(scorer, "sliding", sliding, Frozen(), timed=True)
-    if cfg.ttt_enabled and cfg.ttt_documents:
-        learner = DocumentWeights(run, container.meta["looped"])
-        scorer = DocumentScorer(cfg, rt, learner.forward, stream)
-        plan = document_plan(stream.tokens, cfg, rt.dist.world)
-        headline = score(scorer, "ttt", plan, learner, timed=True)
-    elif cfg.ttt_enabled:                                   # last: it leaves other weights behind
-        learner = SGD(run, forward, stream, len(sliding))
-        headline = score(scorer, "ttt", sliding, learner, timed=True)
+        headline = score("sliding", *choose_scoring(run, stream, learns=False))
+    if cfg.ttt_enabled:                                     # last: SGD leaves other weights behind
+        headline = score("ttt", *choose_scoring(run, stream, learns=True))
     name, loss, bpb = headline
     block = dict(val_bpb=bpb, val_loss=loss, score=name, train_seconds=rt.clock.train_seconds,
                  data_seconds=rt.clock.data_seconds, eval_seconds=rt.clock.eval_seconds,

@@ -43,7 +43,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -95,8 +94,7 @@ def open_artifact(path: Path, data_dir: str, tokenizer: Path | None = None) -> O
         tokenizer or cfg.tokenizer_path, cfg.vocab_size, container.meta["tokenizer"])
     run = train_gpt.build_run(cfg, train_gpt.Dist({}), NoLog())
     train_gpt.dequantize(container.tensors(train_gpt.artifact_layout(run.flat)), run.flat)
-    forward = partial(run.forward, looped=container.meta["looped"])
-    return Opened(run._replace(forward=forward), TextCoder(tokenizer), digest(path.read_bytes()))
+    return Opened(run.for_artifact(container), TextCoder(tokenizer), digest(path.read_bytes()))
 
 
 def config_of(container: train_gpt.Container, data_dir: str) -> Config:
@@ -188,6 +186,7 @@ class TextCoder:
 FILLER = 0          # id in place of tokens that are not known yet, or beyond the end of the text
 FIXED_BITS = 24     # the coder's probabilities are multiples of 2^-24, none of them zero
 ROUNDING = dict(lazy=True, perfect=False)                   # how it rounds to them
+EVAL_WINDOWS = 16   # windows that `verify` scores at once; changes memory, not results
 
 
 def library(name: str):
@@ -199,7 +198,7 @@ def library(name: str):
 
 
 def by_documents(cfg: Config) -> bool:
-    """Whether a text is scored as one document, which teaches a head of its own."""
+    """Whether a text is scored as one document, which teaches changes of its own."""
     return cfg.ttt_enabled and cfg.ttt_documents
 
 
@@ -208,7 +207,7 @@ def text_stream(run: Run, bos: int, ids: list[int], count: int) -> train_gpt.Str
 
     Targets of text have 1 byte, padding to whole windows 0.  The padding is shorter than seq_len,
     which divides a chunk: it lies within the last chunk, from which nothing is learnt.  A text that
-    teaches a head is one document and needs no padding.
+    is one document needs no padding.
     """
     n = count if by_documents(run.cfg) else -(-count // run.cfg.seq_len) * run.cfg.seq_len
     tokens = torch.full((n + 1,), FILLER, dtype=torch.int32)                    # (n + 1,)
@@ -217,19 +216,11 @@ def text_stream(run: Run, bos: int, ids: list[int], count: int) -> train_gpt.Str
     return train_gpt.Stream(*(x.to(run.rt.dist.device) for x in (tokens, sizes)))
 
 
-def evaluate_text(run: Run, scorer: train_gpt.Scorer) -> train_gpt.Tally:
-    """Evaluate the scorer's stream as train_gpt.eval_stage does: its windows, chunks, learner."""
-    n, learner = len(scorer.stream.bytes), train_gpt.Frozen()
-    if by_documents(run.cfg):
-        run = run._replace(cfg=replace(run.cfg, eval_batch_seqs=1))
-        plan = train_gpt.document_plan(scorer.stream.tokens, run.cfg, 1) if n else []
-        learner = scorer.learner = train_gpt.DocumentWeights(run, run.forward.keywords["looped"])
-        scorer.forward = learner.forward
-        return train_gpt.evaluate(scorer, plan, learner)
-    plan = train_gpt.sliding_plan(n, run.cfg) if n else []
-    if run.cfg.ttt_enabled:
-        learner = train_gpt.SGD(run, run.forward, scorer.stream, len(plan))
-    return train_gpt.evaluate(scorer, plan, learner)
+def choose_scoring(run: Run, stream: train_gpt.Stream):
+    """Scorer, plan and learner of a text: those of the headline score, in smaller batches."""
+    most = 1 if by_documents(run.cfg) else EVAL_WINDOWS
+    cfg = replace(run.cfg, eval_batch_seqs=min(run.cfg.eval_batch_seqs, most))
+    return train_gpt.choose_scoring(run._replace(cfg=cfg), stream, cfg.ttt_enabled)
 
 
 @contextmanager
@@ -305,7 +296,7 @@ class Coder(train_gpt.Scorer):
     `evaluate` gives it the windows of a chunk, and lets the learner learn from the chunk after it.
     """
     pass_per_target = False     # run a pass for each target, as what follows it is unknown
-    learner = None              # the document's head, whose probabilities and the model's are mixed
+    learner = None              # of a document, which mixes its probabilities with the model's
 
     def __init__(self, run: Run, stream: train_gpt.Stream):
         super().__init__(run.cfg, run.rt, run.forward, stream)
@@ -317,18 +308,15 @@ class Coder(train_gpt.Scorer):
         raise NotImplementedError
 
     @torch.no_grad()
-    def score(self, windows: list[train_gpt.Window], tally: train_gpt.Tally):
+    def score(self, windows: list[range], tally: train_gpt.Tally):
         """Score and code the targets of `windows` that are not beyond the end of the text."""
-        seq_len = self.cfg.seq_len
         for window in windows:
-            end = window.start + seq_len
-            first = end - window.tail
-            start = first if self.learner else window.start
-            nats = self.code_window(start, range(first, min(end, self.count)))
+            start = window.start if self.learner else window.stop - self.cfg.seq_len
+            nats = self.code_window(start, range(window.start, min(window.stop, self.count)))
             nats = tally.sums.new_tensor([nats])                                # (1, coded)
-            tally.add(nats, torch.ones_like(nats), [window], seq_len)
+            tally.add(nats, torch.ones_like(nats), [window])
             if self.learner:                                # the chunk is decoded: go on after it
-                chunk = self.stream.tokens[first:end + 1].long()[None]
+                chunk = self.stream.tokens[window.start:window.stop + 1].long()[None]
                 self.learner.forward(*map(self.padded, (chunk[:, :-1], chunk[:, 1:])))
 
     def padded(self, tokens: Tensor) -> Tensor:
@@ -360,7 +348,9 @@ class Coder(train_gpt.Scorer):
         with repeatable(), tqdm(total=self.count, desc=label, unit=" tokens", leave=False,
                                 disable=None) as bar:
             self.bar, self.hidden_states = bar, HiddenStates(self.run)
-            return evaluate_text(self.run, self)
+            _, plan, learner = choose_scoring(self.run, self.stream)
+            self.learner = learner if by_documents(self.cfg) else None
+            return train_gpt.evaluate(self, plan, learner)
 
 
 class Encoder(Coder):
@@ -539,49 +529,39 @@ def sample(opened: Opened, prompt: bytes, tokens: int, sampling: Sampling) -> It
 # them in its own way, many windows at once, with the loss of training.
 
 MOST_DIFFERENCE, TAIL_BITS = 0.005, 64      # of the evaluation's bits; cost of ending a code
-EVAL_WINDOWS = 16                           # windows at once; changes memory, not results
 
 
 class Limited:
-    """Part of a scorer, which also sums the nats of the targets that are not padding.
+    """A scorer that also sums the nats of the targets that are not padding.
 
     An all but impossible token can cost any number of nats in a score, but at most FIXED_BITS in a
     fixed-point code: `nats` holds the sum without and with this limit.
     """
 
-    def __init__(self, *scorer):
-        super().__init__(*scorer)
+    def __init__(self, scorer: train_gpt.Scorer):
+        self.scorer, self.rt, self.stream = scorer, scorer.rt, scorer.stream
         self.nats = torch.zeros(2, dtype=torch.float64, device=self.rt.dist.device)
 
-    def score(self, windows: list[train_gpt.Window], tally: train_gpt.Tally):
+    def score(self, windows: list[range], tally: train_gpt.Tally):
         """Score `windows` as usual, reading along what is added to the tally."""
         floor = 2.0 ** -FIXED_BITS
 
-        def add(nll: Tensor, sizes: Tensor, *where):
-            tally.add(nll, sizes, *where)
-            p = (-nll.double()).exp() * (1 - floor * self.cfg.vocab_size) + floor
+        def add(nll: Tensor, sizes: Tensor, windows: list[range]):
+            tally.add(nll, sizes, windows)
+            p = (-nll.double()).exp() * (1 - floor * self.scorer.cfg.vocab_size) + floor
             self.nats += torch.stack([(x * sizes).sum() for x in (nll.double(), -p.log())])
-        super().score(windows, SimpleNamespace(add=add))
-
-
-class TextScorer(Limited, train_gpt.Scorer):
-    """The ordinary scorer of a text in windows."""
-
-
-class DocumentTextScorer(Limited, train_gpt.DocumentScorer):
-    """The ordinary scorer of a text that is one document."""
+        self.scorer.score(windows, SimpleNamespace(add=add))
 
 
 def evaluation_bits(opened: Opened, text: bytes) -> tuple[float, float]:
     """Bits of `text` by the program's own evaluation: as scored, and limited as in the code."""
     run, ids = opened.run, opened.text.encode(text)
-    kind, most = (DocumentTextScorer, 1) if by_documents(run.cfg) else (TextScorer, EVAL_WINDOWS)
-    cfg = replace(run.cfg, eval_batch_seqs=min(run.cfg.eval_batch_seqs, most))
-    stream = text_stream(run, opened.text.bos, ids, len(ids))
-    scorer = kind(cfg, run.rt, run.forward, stream)
+    scorer, plan, learner = choose_scoring(
+        run, text_stream(run, opened.text.bos, ids, len(ids)))
+    limited = Limited(scorer)
     with repeatable():
-        evaluate_text(run, scorer)
-    return tuple((scorer.nats / math.log(2)).tolist())
+        train_gpt.evaluate(limited, plan, learner)
+    return tuple((limited.nats / math.log(2)).tolist())
 
 
 def compressors() -> dict[str, Callable[[bytes], bytes]]:

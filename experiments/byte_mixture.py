@@ -42,7 +42,7 @@ from torch import Tensor  # noqa: E402
 
 import train_gpt  # noqa: E402
 from train_gpt import GolfError, Run, Scorer, Stream  # noqa: E402
-from use_artifact import evaluate_text, open_artifact  # noqa: E402
+from use_artifact import open_artifact  # noqa: E402
 
 
 # ------------------------------------------------------------------------------------------------
@@ -174,9 +174,9 @@ class Capture(Scorer):
         self.slot[samples] = torch.arange(S, device=device)
         self.sampled = torch.zeros(S, run.cfg.vocab_size, **new)                        # (S, V)
 
-    def score_batch(self, starts: Tensor, windows: list[train_gpt.Window], tally: train_gpt.Tally):
+    def score_batch(self, starts: Tensor, windows: list[range], tally: train_gpt.Tally):
         """Score `windows` as `Scorer` does; `observe` sees their targets on the way."""
-        tail = windows[0].tail
+        tail = len(windows[0])
         first = starts[:len(windows), None]                     # the rest is padding
         self.at = (first + self.steps[-tail:]).flatten()                                # (B tail,)
         super().score_batch(starts, windows, tally)
@@ -564,7 +564,8 @@ def timed(work, *args):
 def neural_pass(run: Run, capture: Capture) -> float:
     """Bits per byte of the evaluation of `capture`'s stream, which fills `capture`."""
     with train_gpt.sdpa_backends(run.rt.dist):
-        tally = evaluate_text(run, capture)
+        _, plan, learner = train_gpt.choose_scoring(run, capture.stream, run.cfg.ttt_enabled)
+        tally = train_gpt.evaluate(capture, plan, learner)
     return train_gpt.report_score("neural", tally, run.rt, 0.0)[1]
 
 
@@ -617,6 +618,9 @@ def report(args: argparse.Namespace) -> str:
     run, coder, _ = open_artifact(args.artifact, args.data_dir)
     if args.no_ttt:
         run = run._replace(cfg=replace(run.cfg, ttt_enabled=False))
+    if run.cfg.ttt_enabled and run.cfg.ttt_documents:
+        raise GolfError(f"{args.artifact}: its documents learn one by one, and only windows are "
+                        "mixed here; add --no-ttt")
     stream = open_stream(run, coder.tokenizer, args.tokens)
     return "\n".join(measure(run, stream, read_alphabet(coder.tokenizer), args)) + "\n"
 

@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -21,7 +20,6 @@ from hypothesis import strategies as st
 import submit
 import train_gpt
 from train_gpt import Stream
-from use_artifact import evaluate_text
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
@@ -143,7 +141,8 @@ def toy_stream(cfg, tokenizer, n: int) -> Stream:
 
 def evaluate(run, scorer: train_gpt.Scorer, learn: bool) -> train_gpt.Tally:
     """The tally of a pass over sliding windows, with or without test-time training."""
-    return evaluate_text(run._replace(cfg=replace(run.cfg, ttt_enabled=learn)), scorer)
+    _, plan, learner = train_gpt.choose_scoring(run, scorer.stream, learn)
+    return train_gpt.evaluate(scorer, plan, learner)
 
 
 def captured(run, data: Stream, alphabet: Alphabet, learn: bool, samples=(3, 70, 8)):

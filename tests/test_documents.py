@@ -62,12 +62,11 @@ def scores(make_run, monkeypatch):
     """A function (cfg, data) that returns the nats (n,) of all targets by a fresh model."""
     nats, add = {}, Tally.add
 
-    def listen(self, nll, sizes, windows, seq_len):
-        ends = [w.start + seq_len for w in windows]
-        at = [t for w, end in zip(windows, ends) for t in range(end - w.tail, end)]
+    def listen(self, nll, sizes, windows):
+        at = [t for w in windows for t in w]
         assert not nats.keys() & set(at)
         nats.update(zip(at, nll.tolist(), strict=True))
-        add(self, nll, sizes, windows, seq_len)
+        add(self, nll, sizes, windows)
     monkeypatch.setattr(Tally, "add", listen)
 
     def scores_of(cfg, data: Stream) -> torch.Tensor:
@@ -86,7 +85,7 @@ def head_inputs(hidden: torch.Tensor) -> torch.Tensor:
 
 def learn_once(learner: DocumentWeights, tokens: torch.Tensor, goes_on: tuple[bool, ...]):
     """Score the first chunk of documents and learn from it: inputs and targets (2, B, T)."""
-    chunk = Chunk([], 0, 0, None, goes_on)
+    chunk = Chunk([], None, goes_on)
     learner.before(chunk)
     learner.forward(*tokens)
     learner.after(chunk)
@@ -107,24 +106,22 @@ def plain(run, data: Stream, document: range) -> torch.Tensor:
 def test_a_plan_scores_each_target_once(make_cfg, world):
     """Any stream: documents by length, chunk after chunk of each, the last is not learnt from."""
     rng, cfg = random.Random(0), make_cfg(**SHORT)
-    T, size = cfg.seq_len, cfg.ttt_chunk_tokens
+    size = cfg.ttt_chunk_tokens
     for n in range(1, 80):
         starts = sorted({0, *(rng.randrange(n) for _ in range(rng.randrange(12)))})
         data = documents_of(cfg, n, starts[rng.randrange(2) if n > 1 else 0:])  # or without BOS
         found, lengths = [], {}
         for chunk in document_plan(data.tokens, cfg, world):
-            for w, goes_on in zip(chunk.windows, chunk.goes_on, strict=True):
-                at = range(w.start + T - w.tail, w.start + T)
-                start = max(s for s in starts if s <= at.start) if w.tail else None
+            for at, goes_on in zip(chunk.windows, chunk.goes_on, strict=True):
+                start = max(s for s in starts if s <= at.start) if at else None
                 found += at
-                if w.tail:
+                if at:
                     assert at.start - start == lengths.get(start, 0)
                     assert all(s not in at[1:] for s in starts)
-                    assert w.tail == size if goes_on else w.tail <= size
-                    lengths[start] = lengths.get(start, 0) + w.tail
+                    assert len(at) == size if goes_on else len(at) <= size
+                    lengths[start] = lengths.get(start, 0) + len(at)
             assert bool(chunk.told) != any(chunk.goes_on)
-            assert chunk.first < len(found) <= chunk.last
-            assert not chunk.told or chunk.last == len(found)
+            assert not chunk.told or chunk.told["last"] == len(found)
         assert sorted(found) == list(range(n))
         assert list(lengths.values()) == sorted(lengths.values(), reverse=True)
 
@@ -330,7 +327,7 @@ def test_a_score_is_that_of_the_mean_of_two_probabilities(make_cfg, make_run):
     run = stirred(make_run(make_cfg(**{**SHORT, "eval_batch_seqs": 320})))
     V, cap = run.cfg.vocab_size, run.cfg.logit_softcap
     set_rates(run)
-    learner, chunk = DocumentWeights(run, True), Chunk([], 0, 0, None, (True,) * V)
+    learner, chunk = DocumentWeights(run, True), Chunk([], None, (True,) * V)
     ids, every = torch.randint(3, V, (9,)), torch.arange(V)[:, None].expand(V, 4)
     learn_once(learner, torch.stack([ids[:4], ids[1:5]])[:, None].expand(2, V, 4), (True,) * V)
     learner.before(chunk)

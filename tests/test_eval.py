@@ -11,7 +11,7 @@ import torch
 from conftest import QuietLog, stirred, stream
 
 import train_gpt
-from train_gpt import Frozen, GolfError, Scorer, Stream, Tally, Window, evaluate
+from train_gpt import Frozen, GolfError, Scorer, Stream, Tally, evaluate
 
 PLANS = dict(plain=train_gpt.plain_plan, sliding=train_gpt.sliding_plan)
 each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -34,20 +34,15 @@ def scorer_of(run, data: Stream, dist=None) -> Scorer:
     return Scorer(run.cfg, rt, run.forward, data)
 
 
-def targets_of(windows: list[Window], seq_len: int) -> list[int]:
-    """The targets that windows score, in their order."""
-    return [t for w in windows for t in range(w.start + seq_len - w.tail, w.start + seq_len)]
-
-
-def slow_nll(run, data: Stream, window: Window) -> torch.Tensor:
+def slow_nll(run, data: Stream, window: range) -> torch.Tensor:
     """Nats of a window's targets by plain log_softmax over soft-capped logits, in float64."""
     cfg, model = run.cfg, run.model
-    tokens = data.tokens[window.start:window.start + cfg.seq_len + 1].long()
+    tokens = data.tokens[window.stop - cfg.seq_len:window.stop + 1].long()
     with torch.no_grad():
         x = model(tokens[None, :-1])[0].double()
     logits = cfg.logit_softcap * torch.tanh(x @ model.tok_emb.double().T / cfg.logit_softcap)
     nll = -logits.log_softmax(-1)[torch.arange(cfg.seq_len), tokens[1:]]
-    return nll[cfg.seq_len - window.tail:].detach()
+    return nll[-len(window):].detach()
 
 
 def close(found, want):
@@ -77,19 +72,20 @@ def test_plans_score_each_target_once():
     for n, cfg in sizes():
         T, size = cfg.seq_len, cfg.ttt_chunk_tokens
         plain, sliding = (make(n, cfg) for make in PLANS.values())
-        assert [(c.first, c.last) for c in plain] == [(0, n)]
-        assert [(c.first, c.last) for c in sliding] == [
+        assert [(c.told["first"], c.told["last"]) for c in sliding] == [
             (lo, min(lo + size, n)) for lo in range(0, n, size)]
-        for chunk in plain + sliding:
-            assert targets_of(chunk.windows, T) == list(range(chunk.first, chunk.last))
-            assert all(0 <= w.start <= n - T and 0 < w.tail <= T for w in chunk.windows)
+        whole = plain[0]._replace(told=dict(first=0, last=n))
+        for chunk in [whole, *sliding]:
+            targets = [t for w in chunk.windows for t in w]
+            assert targets == list(range(chunk.told["first"], chunk.told["last"]))
+            assert all(T <= w.stop <= n and 0 < len(w) <= T for w in chunk.windows)
 
 
 def test_sliding_windows_give_context():
     """After the first window each target has at least seq_len - stride tokens before it."""
     for n, cfg in sizes():
         first, *rest = [w for c in train_gpt.sliding_plan(n, cfg) for w in c.windows]
-        assert first == (0, cfg.seq_len) and all(w.tail == cfg.eval_stride for w in rest)
+        assert first == range(cfg.seq_len) and all(len(w) == cfg.eval_stride for w in rest)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -169,7 +165,7 @@ def counting(cfg, data: Stream, shapes: list) -> Scorer:
 
 @pytest.mark.parametrize("batch", [1, 5, 16, 100])
 def test_padding_is_never_counted(make_cfg, batch):
-    """Batches are filled up to one shape for each tail; only real windows enter the sums."""
+    """Batches are filled up to one shape for each length; only real windows enter the sums."""
     cfg, shapes = make_cfg(eval_batch_seqs=batch), []
     data = stream(cfg, 448)
     scorer = counting(cfg, data, shapes)
@@ -183,7 +179,7 @@ def test_padding_is_never_counted(make_cfg, batch):
 # The ledger
 # ------------------------------------------------------------------------------------------------
 
-def report_of(cfg, windows: list[Window]):
+def report_of(cfg, windows: list[range]):
     """Report of a pass that scored `windows` of a stream of 128 targets, and that stream."""
     data = stream(cfg, 128)
     scorer, tally = counting(cfg, data, []), Tally(128, torch.device("cpu"))
@@ -191,7 +187,7 @@ def report_of(cfg, windows: list[Window]):
     return train_gpt.report_score("a pass", tally, scorer.rt, 1.0), data
 
 
-def plain_windows(cfg) -> list[Window]:
+def plain_windows(cfg) -> list[range]:
     """Windows side by side over 128 targets."""
     return train_gpt.plain_plan(128, cfg)[0].windows
 
@@ -205,7 +201,7 @@ def test_a_whole_pass_is_reported(cfg):
 
 @pytest.mark.parametrize("spoil", [
     lambda windows: windows + windows[:1], lambda windows: windows[:-1],
-    lambda windows: windows[:-1] + windows[:1], lambda windows: windows[1:] + [Window(1, 32)]],
+    lambda windows: windows[:-1] + windows[:1], lambda windows: windows[1:] + [range(1, 33)]],
     ids=["twice", "never", "one twice and one never", "off by one"])
 def test_the_ledger_trips(cfg, spoil):
     """A target scored twice or never ends the run, even where their number is right."""

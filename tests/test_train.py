@@ -212,7 +212,7 @@ def test_each_recipe_runs_end_to_end(recipe, toy_env, run_here):
 def test_overfits_one_batch(make_cfg, make_run):
     """The model, its gradients and all optimisers together can learn one batch by heart."""
     run = make_run(make_cfg())
-    optimizers = train_gpt.build_optimizers(run.cfg, run.flat, run.rt.dist)
+    optimizers = train_gpt.TrainState(run, 1, False).optimizers
     rows = torch.randint(VOCAB, (4, 33), generator=torch.Generator().manual_seed(1))
     for _ in range(60):
         train_gpt.forward_backward(run, rows, True)

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -368,11 +367,12 @@ def test_every_place_where_a_document_may_end(fresh, size):
 def test_documents_of_recipes_come_back(make_cfg, make_run, pieces, parts):
     """Recurrence, gates, lanes and SmearGate go on from chunk to chunk in the decoder, too."""
     cfg = make_cfg(**{**parts, **HEADS, "ttt_enabled": True})
+    recurrent = SimpleNamespace(meta=dict(looped=True))
 
     def untrained() -> Opened:
         run = stirred(make_run(cfg))
         run.flat.steps["tok_emb"] = torch.ones(cfg.vocab_size)      # as if from an artifact
-        return Opened(run._replace(forward=partial(run.forward, looped=True)), pieces, b"untested")
+        return Opened(run.for_artifact(recurrent), pieces, b"untested")
     text = english(200)
     assert round_trip(untrained, text) == text
 
@@ -491,7 +491,8 @@ def learn_first(scorer, plan, learner):
     tally = train_gpt.Tally(len(scorer.stream.bytes), scorer.rt.dist.device)
     for chunk in plan:
         for _ in range(20):
-            learner.step(scorer.stream.tokens[chunk.first:chunk.last + 1], scorer.cfg.ttt_lr)
+            first, last = chunk.windows[0].start, chunk.windows[-1].stop
+            learner.step(scorer.stream.tokens[first:last + 1], scorer.cfg.ttt_lr)
         scorer.score(chunk.windows, tally)
     return tally
 
