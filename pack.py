@@ -147,8 +147,8 @@ def minify_source(source: str) -> str:
         raise Failure(f"python-minifier gave up: {e}") from None
     parse(text, "the minified source")
     if len(text.splitlines()) != text.count("\n") + 1:
-        raise Failure("a string holds \\x1c-\\x1e, \\x85, \\u2028 or \\u2029, which would break "
-                      "line numbers; write it as chr(...)")
+        raise Failure("a string holds \\v, \\f, \\x1c-\\x1e, \\x85, \\u2028 or \\u2029, which "
+                      "would break line numbers; write it as chr(...)")
     return text
 
 

@@ -366,8 +366,7 @@ class Dist:
                                   "lower --nproc_per_node")
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            # AdamW imports this late; imported after gloo's threads have started, it can abort the
-            # exit of the process.
+            # AdamW imports this late; after gloo's threads have started that can abort the exit.
             from torch import _dynamo
             backend, device = ("nccl", self.device) if self.on_cuda else ("gloo", None)
             torch.distributed.init_process_group(backend, device_id=device)
@@ -1069,8 +1068,7 @@ class Sdpa:
 class FlexAttention(Sdpa):
     """PyTorch's compiled attention, which skips blocks of 128 positions without a common document.
 
-    Its mask is made outside of the graph that uses it: inside, torch 2.11 let go of the mask's
-    memory too early in passes without gradients.
+    Its mask is made outside of the graph that uses it: inside, torch 2.11 freed it too early.
     """
     name = "flex"
 
@@ -1521,8 +1519,7 @@ class GPT(nn.Module):
         skip weights; a row's meaning changes at that moment, as in #1493.
         """
         encoder, decoder = layer_schedule(self.cfg, looped)
-        parts = self.skip_weights, self.skip_gates, self.skip_queries
-        # unbind: one gradient, not one per row
+        parts = self.skip_weights, self.skip_gates, self.skip_queries   # unbind: one gradient each
         parts = [[None] * len(decoder) if p is None else p.unbind() for p in parts]
         skips, lane = [], None
         for i in encoder:
@@ -1620,9 +1617,8 @@ def clip_gradient_(grad: Tensor, limit: float):
         grad.mul_((limit / (norm + 1e-6)).clamp(max=1).float())
 
 
-# Odd polynomials a s + b s^3 + c s^5 that, one after the other, bring singular values s of 0.0025
-# to 1 nearest to 1, found as in Polar Express (arXiv:2505.16932): four come as near as Jordan et
-# al.'s five.
+# Odd polynomials a s + b s^3 + c s^5 that in turn bring singular values s from 0.0025 to 1 nearest
+# to 1, found as in Polar Express (arXiv:2505.16932): four come as near as Jordan et al.'s five.
 QUINTICS = ((8.3639, -24.4838, 17.9725), (4.0588, -2.9916, 0.5584),
             (3.5964, -2.6668, 0.5220), (2.6226, -1.9304, 0.4410))
 
@@ -1721,8 +1717,7 @@ class Schedule:
     def lookahead(self, progress: float) -> float:
         """How far ahead the gradient is taken, as a share of the way from the trail to the weights.
 
-        The mean of the steps, of decay d, is (1 - d) / d of that way.  Zero early, and late, when
-        it overshoots.
+        The mean step, of decay d, is (1 - d) / d of it.  Zero early, and late, when it overshoots.
         """
         d = self.decay(self.TRAIL)
         ahead = self.cfg.lookahead * self.lr_scale(progress) if 0.15 < progress < 0.75 else 0.0
@@ -2700,8 +2695,7 @@ def train(run: Run, state: TrainState, batches: Batches, budget: float) -> str:
     """Train until the clock, the last iteration or a signal ends it; returns the reason.
 
     The host runs ahead of the device and reads loss, clock and stop requests about once a second.
-    In between, time is extrapolated from numbers that all ranks share, so all ranks agree on
-    learning rates and on the last step.
+    In between, time is extrapolated from numbers that all ranks share, so all take equal steps.
     """
     cfg, (dist, log, clock), schedule = run.cfg, run.rt, state.schedule
     step_seconds, first = 0.0, state.step + 1
@@ -3025,8 +3019,7 @@ class FusedExclusion(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------
 # Main: the three stages of a run, and the lines that say what it was and what came out
 # ------------------------------------------------------------------------------------------------
-# Training leaves a state and its checkpoint, quantization the artifact; scoring starts from the
-# artifact's bytes alone.
+# Training leaves a checkpoint, quantization the artifact; scoring starts from its bytes alone.
 
 def train_stage(run: Run, identity: Identity) -> tuple[TrainState, int]:
     """Train, and leave a checkpoint; returns the state and the number of calibration batches."""

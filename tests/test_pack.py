@@ -375,7 +375,7 @@ def test_strings_survive(first, second):
         packed = pack.pack_source(source)
     except pack.Failure as error:
         assert "line numbers" in str(error)
-        assert re.search("[\x1c-\x1e\x85\u2028\u2029]", first + second)
+        assert re.search("[\v\f\x1c-\x1e\x85\u2028\u2029]", first + second)
         return
     names = {}
     exec(pack.unpack_source(packed), names)

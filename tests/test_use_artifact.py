@@ -30,8 +30,8 @@ from use_artifact import (HEADER, MAGIC, Header, Opened, Sampling, TextCoder, co
 
 # Enough tokens to fill several chunks, and a pass in a millisecond: decoding takes one per token.
 SMALL = dict(
-    seq_len=16, eval_stride=8, ttt_chunk_tokens=256, ttt_lr=0.01, train_batch_tokens=512,
-    iterations=60, matrix_lr=0.04, num_layers=2, num_loops=0, xsa_last_n=1,
+    seq_len=16, eval_stride=8, ttt_chunk_tokens=256, ttt_lr=0.06, train_batch_tokens=512,
+    iterations=40, matrix_lr=0.04, num_layers=2, num_loops=0, xsa_last_n=1,
     parallel_residual_start=1, model_dim=32, num_heads=2, num_kv_heads=1)
 
 
