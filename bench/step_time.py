@@ -13,7 +13,7 @@ times, floors and FLOPs are those of rank 0, and both collectives of a step are 
     attention kernel          the kernel alone, forward and backward, times the layers that run
     attention, MLP products  their matrix products alone, one forward and two backward
     embedding, head, loss     the program's own loss of a model without layers, both ways
-    gradient upkeep           zeroing and clipping the flat gradient
+    gradient upkeep           writing and clipping the flat gradient
     elementwise rest          forward and backward less all of the above: norms, rotation, sums,
                               activation, casts, gates, and the time in which no kernel runs
 
@@ -346,7 +346,9 @@ def measure_shared(bench: Bench) -> Shared:
     """Time the parts on their own."""
     flat, limit = bench.run.flat, bench.run.cfg.grad_clip_norm
     shapes = sorted({(p.O, p.I) for p in products(bench.run, False) if p.part != "head"})
-    upkeep = [lambda: flat.buffer.zero_(), lambda: train_gpt.clip_gradient_(flat.grad, limit)]
+    grads = [torch.zeros_like(g) for g in flat.grads]       # as autograd leaves them, apart
+    upkeep = [lambda: torch._foreach_copy_(flat.grads, grads),
+              lambda: train_gpt.clip_gradient_(flat.grad, limit)]
     whole, window = bench.time(attention_work(bench, 0)), bench.run.cfg.attention_window
     return Shared([whole, bench.time(attention_work(bench, 1)) if window else whole],
                   {shape: bench.time(product_work(bench, shape)) for shape in shapes},
@@ -373,7 +375,7 @@ def make_parts(bench: Bench, looped: bool, shared: Shared, phases: list[float]) 
     flops = tokens * product_flops(found, "head")
     parts += [Part("embedding, head, loss", shared.ends, floor(flops, ends_bytes(run, tokens)),
                    flops, "FLOPs, bytes"),
-              Part("gradient upkeep", shared.upkeep, floor(0, 16 * params), 0, "bytes")]
+              Part("gradient upkeep", shared.upkeep, floor(0, 20 * params), 0, "bytes")]
     rest = phases[0] - sum(p.ms for p in parts)
     flops, moved = optimizer_work(run)
     return [*parts,
