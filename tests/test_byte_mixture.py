@@ -486,3 +486,16 @@ def test_bad_input_is_rejected_in_one_line(finished, toy_data, capsys, args, com
     code, out, err = command(capsys, *args)
     assert (code, out) == (2, "") and complaint in err
     assert re.fullmatch("byte_mixture: .*\n", err)
+
+
+def test_an_artifact_whose_documents_learn_is_rejected(finished, toy_data, tmp_path, capsys):
+    """Only windows are mixed, so the score of documents must be left out by name."""
+    container = train_gpt.open_container(finished[0] / "runs/toy/model.golf", "artifact")
+    tensors, path = container.tensors(container.layout), tmp_path / "model.golf"
+    scoring = {**container.meta["scoring"], "ttt_documents": True, "ttt_chunk_tokens": 8}
+    meta = {**container.meta, "scoring": scoring}
+    path.write_bytes(b"".join(train_gpt.pack_tensors("artifact", meta, tensors, "range")))
+    code, out, err = command(capsys, path, "--data-dir", toy_data)
+    assert (code, out) == (2, "") and re.fullmatch("byte_mixture: .* add --no-ttt\n", err)
+    code, out, err = command(capsys, path, "--data-dir", toy_data, "--no-ttt", "--contexts", 1)
+    assert (code, err) == (0, "") and "sums to 1" in out
