@@ -166,7 +166,6 @@ class Config:
     loop_end: int = setting(5, low=0)  # last recurrent layer
     parallel_residual_start: int = setting(7, low=0)  # first layer with parallel attention and MLP
     skip_gates_enabled: bool = True  # sigmoid gates on U-Net skips; off = weighted sums
-    dynamic_skips: bool = False  # U-Net skips are also gated by each token's state
     extras_1060: bool = False  # #1060's token-pair table, value embedding and smear gate
     smear_channels: int = setting(0, low=0)  # SmearGate computed from this many channels; 0 = off
     head_gate_channels: int = setting(0, low=0)  # gate heads from this many channels; 0 = off
@@ -251,11 +250,10 @@ class Config:
 GOLF = dict(
     seq_len=4096, micro_batch_seqs=32, num_heads=4, num_kv_heads=2, rope_dims=32,
     rope_base=50000.0, smear_channels=12, head_gate_channels=12, two_lanes=3, documents=True,
-    attention_window=512, dynamic_skips=True, looping_min_steps=2000, warmdown_frac=0.85,
-    min_lr=0.1, matrix_lr=0.02, ema_horizon_frac=0.055, lookahead=0.5, beta2=0.99,
-    muon_momentum=0.95, muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300,
-    embed_step=0.0, gptq_damping=0.1, ttt_documents=True, ttt_lr=4.0, ttt_attention=0.005,
-    ttt_chunk_tokens=48)
+    attention_window=512, looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, matrix_lr=0.02,
+    ema_horizon_frac=0.055, lookahead=0.5, beta2=0.99, muon_momentum=0.95,
+    muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300, embed_step=0.0,
+    gptq_damping=0.1, ttt_documents=True, ttt_lr=4.0, ttt_attention=0.005, ttt_chunk_tokens=48)
 RECIPES = {
     "pr1876": {},
     "pr1858": dict(ttt_epochs=2),
@@ -270,11 +268,11 @@ RECIPES = {
     "demo": dict(
         dataset="demo_sp1024", vocab_size=1024, seq_len=256, num_layers=4, model_dim=128,
         num_heads=4, num_kv_heads=2, num_loops=0, xsa_last_n=4, parallel_residual_start=3,
-        smear_channels=12, head_gate_channels=12, two_lanes=1, dynamic_skips=True,
-        max_wallclock_seconds=90.0, train_batch_tokens=1024, warmup_steps=3, warmdown_frac=0.85,
-        min_lr=0.05, tied_embed_lr=0.06, matrix_lr=0.02, beta2=0.99, muon_momentum=0.95,
-        muon_momentum_warmup_frac=0.15, code_step=0.45, embed_step=0.0,
-        gptq_damping=0.1, ttt_documents=True, ttt_lr=1.4, ttt_chunk_tokens=32),
+        smear_channels=12, head_gate_channels=12, two_lanes=1, max_wallclock_seconds=90.0,
+        train_batch_tokens=1024, warmup_steps=3, warmdown_frac=0.85, min_lr=0.05,
+        tied_embed_lr=0.06, matrix_lr=0.02, beta2=0.99, muon_momentum=0.95,
+        muon_momentum_warmup_frac=0.15, code_step=0.45, embed_step=0.0, gptq_damping=0.1,
+        ttt_documents=True, ttt_lr=1.4, ttt_chunk_tokens=32),
 }
 
 # Names that the challenge's own scripts read, with the setting that does their work here.
@@ -1387,15 +1385,8 @@ def layer_schedule(cfg: Config, looped: bool) -> tuple[list[int], list[int]]:
     return layers[:len(layers) // 2], layers[len(layers) // 2:]
 
 
-def merge_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None,
-               query: Tensor | None) -> Tensor:
-    """Blend a skip, scaled by `weight` (C,), into x (B, T, C): a lerp by the gate, or a sum.
-
-    With a `query` (C,) a token's skip counts 0 to 2 times, by its state (MUDD, arXiv:2502.12170).
-    """
-    if query is not None:
-        score = (rms_norm(x) * query.to(x.dtype)).sum(-1, keepdim=True)             # (B, T, 1)
-        skip = skip * (2 * (score * x.size(-1) ** -0.5).sigmoid())
+def merge_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
+    """Blend a skip, scaled by `weight` (C,), into x (B, T, C): a lerp by the gate, or a sum."""
     if gate is None:
         return x + weight.to(x.dtype) * skip
     # As two scaled terms, whose gradients are two plain sums: 1 % of a step (bench/RESULTS.md).
@@ -1454,7 +1445,6 @@ class GPT(nn.Module):
         ones = torch.ones(len(encoder), cfg.model_dim)
         self.skip_weights = param(ones, "scalar")
         self.skip_gates = param(0 * ones, "scalar") if cfg.skip_gates_enabled else None
-        self.skip_queries = param(0 * ones, "scalar") if cfg.dynamic_skips else None
         angles = rotary_angles(cfg, torch.arange(cfg.seq_len))[:, None]             # (T, 1, R)
         self.register_buffer("cos", angles.cos().to(dtype), persistent=False)
         self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
@@ -1519,16 +1509,15 @@ class GPT(nn.Module):
         skip weights; a row's meaning changes at that moment, as in #1493.
         """
         encoder, decoder = layer_schedule(self.cfg, looped)
-        parts = self.skip_weights, self.skip_gates, self.skip_queries   # unbind: one gradient each
-        parts = [[None] * len(decoder) if p is None else p.unbind() for p in parts]
-        skips, lane = [], None
+        weights, skips, lane = self.skip_weights.unbind(), [], None     # unbind: one gradient each
+        gates = [None] * len(weights) if self.skip_gates is None else self.skip_gates.unbind()
         for i in encoder:
             x, _ = self.layers[i](x, None, ctx)
             skips.append(x)
         for j, i in enumerate(decoder):
             lane = x if lane is None else lane
             if skips:                                       # skips reach the first lane only
-                x = merge_skip(x, skips.pop(), *(part[j] for part in parts))
+                x = merge_skip(x, skips.pop(), weights[j], gates[j])
             x, lane = self.layers[i](x, lane, ctx)
         return x if lane is None else 0.5 * (x + lane)
 

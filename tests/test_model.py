@@ -208,9 +208,6 @@ def slow_hidden(cfg: Config, p: dict, ids: list[int], looped: bool):
     for i, layer in enumerate(order):
         if i >= half and stack:
             skips, w = stack.pop(), p["skip_weights"][i - half]
-            if cfg.dynamic_skips:
-                query = p["skip_queries"][i - half] / math.sqrt(cfg.model_dim)
-                skips = [s * 2 * torch.sigmoid(query @ slow_norm(x)) for s, x in zip(skips, xs)]
             if cfg.skip_gates_enabled:
                 g = torch.sigmoid(p["skip_gates"][i - half])
                 xs = [(1 - g) * (w * s) + g * x for s, x in zip(skips, xs)]
