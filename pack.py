@@ -146,9 +146,6 @@ def minify_source(source: str) -> str:
     except (ValueError, RuntimeError) as e:
         raise Failure(f"python-minifier gave up: {e}") from None
     parse(text, "the minified source")
-    if len(text.splitlines()) != text.count("\n") + 1:
-        raise Failure("a string holds \\v, \\f, \\x1c-\\x1e, \\x85, \\u2028 or \\u2029, which "
-                      "would break line numbers; write it as chr(...)")
     return text
 
 
@@ -217,11 +214,13 @@ def is_seen(node: ast.AST, passed: set[str]) -> bool:
 # no options.  A string may hold every Latin-1 character but a few.  Up to Python 3.12 the
 # interpreter's own printer of tracebacks reads files, never linecache: hence the hook.  Two blank
 # lines come first in the program, since a traceback begins with the frame of line 2 of this file
-# and prints whatever line 2 of the program is beside it.
+# and prints whatever line 2 of the program is beside it.  Lines end at line feeds alone, as Python
+# counts them; a string of the program may hold what str.splitlines also takes for an end.
 ESCAPES = str.maketrans({"\0": r"\000", "\n": r"\n", "\r": r"\r", "'": r"\'", "\\": r"\\"})
 LINE_1 = "#coding:latin1\n"
-LINE_2 = ("import bz2,linecache,sys,traceback;s=bz2.decompress('", "'.encode('latin1')).decode();"
-          "linecache.cache[__file__]=len(s),None,s.splitlines(1),__file__;"
+LINE_2 = ("import bz2,linecache,re,sys,traceback;s=bz2.decompress('",
+          "'.encode('latin1')).decode();"
+          r"linecache.cache[__file__]=len(s),None,re.findall('.*\n?',s),__file__;"
           "sys.excepthook=traceback.print_exception;exec(compile(s,__file__,'exec'))\n")
 BLANK = "\n\n"
 

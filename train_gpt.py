@@ -253,7 +253,8 @@ GOLF = dict(
     attention_window=512, looping_min_steps=2000, warmdown_frac=0.85, min_lr=0.1, matrix_lr=0.02,
     ema_horizon_frac=0.055, lookahead=0.5, beta2=0.99, muon_momentum=0.95,
     muon_momentum_warmup_frac=0.15, muon_momentum_warmup_steps=300, embed_step=0.0,
-    gptq_damping=0.1, ttt_documents=True, ttt_lr=4.0, ttt_attention=0.005, ttt_chunk_tokens=48)
+    gptq_calibration_batches=16, gptq_damping=0.1, ttt_documents=True, ttt_lr=4.0,
+    ttt_attention=0.005, ttt_chunk_tokens=48)
 RECIPES = {
     "pr1876": {},
     "pr1858": dict(ttt_epochs=2),
