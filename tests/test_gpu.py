@@ -2,8 +2,8 @@
 
     python -m pytest -q tests/test_gpu.py
 
-Skipped where there is no NVIDIA GPU; under four minutes on an H100.  conftest.py hides GPUs from
-the process of the tests, so every test here does its work in a process with a clean environment.
+Skipped where there is no NVIDIA GPU.  conftest.py hides GPUs from the process of the tests, so
+every test here does its work in a process with a clean environment.
 """
 import json
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import PROGRAM, ROOT, finish, parse_line
-from test_train import PINNED, steps
+from test_train import PINNED, scores, steps
 
 GPUS = len(list(Path("/dev").glob("nvidia[0-9]*")))
 pytestmark = pytest.mark.skipif(not GPUS, reason="needs an NVIDIA GPU")
@@ -123,11 +123,6 @@ def run_clean(folder: Path, env: dict, *command: str, seconds: float = 170.0) ->
     return done.stdout
 
 
-def scores(events: list[tuple[str, dict]]) -> dict[str, float]:
-    """Nats per token of each pass over the validation text."""
-    return {values["name"]: float(values["val_loss"]) for e, values in events if e == "eval"}
-
-
 @pytest.fixture(scope="module")
 def train(toy_settings, tmp_path_factory):
     """A function (settings, *command) that runs train_gpt.py on the toy corpus; returns events."""
@@ -210,7 +205,8 @@ def test_two_ranks_give_what_one_gives(eager, train):
     torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(PROGRAM)
     pair = train({**WIDE, "COMPILE_ENABLED": "0"}, *torchrun)
     assert steps(pair) == pytest.approx(steps(eager), abs=NOISE)
-    assert scores(pair) == pytest.approx(scores(eager), abs=NOISE)
+    one, two = (scores(events, "val_loss") for events in (eager, pair))     # nats, as NOISE is
+    assert two == pytest.approx(one, abs=NOISE)
 
 
 def test_peak_memory_of_a_micro_batch(tmp_path):

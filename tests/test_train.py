@@ -46,9 +46,9 @@ def steps(events):
     return {int(v["n"].split("/")[0]): float(v["train_loss"]) for e, v in events if e == "step"}
 
 
-def scores(events):
-    """{pass: bits per byte} of a log."""
-    return {v["name"]: float(v["val_bpb"]) for e, v in events if e == "eval"}
+def scores(events, key="val_bpb"):
+    """{pass: bits per byte} of a log, or another value of its eval lines."""
+    return {v["name"]: float(v[key]) for e, v in events if e == "eval"}
 
 
 def log_path(env) -> Path:
