@@ -2762,9 +2762,14 @@ def kernels_fit(cfg: Config, dist: Dist) -> bool:
 
 
 @jit
-def finish_tile(product, p, out, row, column, BACKWARD: tl.constexpr):
-    """Apply the activation to the half tile that begins at (row, column), and store it."""
-    if BACKWARD:
+def finish_tile(product, p, out, row, column, BACKWARD: tl.constexpr, M: tl.constexpr,
+                N: tl.constexpr, PART: tl.constexpr):
+    """Apply the activation to the tile (M, N) at (row, column), and store it, in parts of PART."""
+    if N > PART:
+        left, right = product.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+        finish_tile(left, p, out, row, column, BACKWARD, M, N // 2, PART)
+        finish_tile(right, p, out, row, column + N // 2, BACKWARD, M, N // 2, PART)
+    elif BACKWARD:
         _, slope = activation(p.load([row, column]).to(tl.float32))
         out.store([row, column], (product * slope).to(out.dtype))
     else:
@@ -2775,10 +2780,10 @@ def finish_tile(product, p, out, row, column, BACKWARD: tl.constexpr):
 
 @jit
 def product_kernel(x, w, p, out, rows, O, I, BACKWARD: tl.constexpr, M: tl.constexpr,
-                   N: tl.constexpr, K: tl.constexpr, PROGRAMS: tl.constexpr):
+                   N: tl.constexpr, K: tl.constexpr, PART: tl.constexpr, PROGRAMS: tl.constexpr):
     """Tiles (M, N) of `activated_product`; all arguments before `rows` are tensor descriptors."""
     # Each multiprocessor takes tile after tile, so that loads for the next tile overlap the end of
-    # this one; the end works on two halves, as memory on the chip is short.
+    # this one; the end works on parts of a tile, as memory on the chip is short.
     across = O // N
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, M) * across, PROGRAMS, flatten=True):
         row = tile // across * M
@@ -2786,9 +2791,7 @@ def product_kernel(x, w, p, out, rows, O, I, BACKWARD: tl.constexpr, M: tl.const
         product = tl.zeros((M, N), tl.float32)
         for i in range(0, I, K):
             product = tl.dot(x.load([row, i]), w.load([column, i]).T, product)
-        left, right = product.reshape(M, 2, N // 2).permute(0, 2, 1).split()
-        finish_tile(left, p, out, row, column, BACKWARD)
-        finish_tile(right, p, out, row, column + N // 2, BACKWARD)
+        finish_tile(product, p, out, row, column, BACKWARD, M, N, PART)
 
 
 def activated_product(x: Tensor, w: Tensor, p: Tensor, out: Tensor, backward: bool):
@@ -2797,12 +2800,13 @@ def activated_product(x: Tensor, w: Tensor, p: Tensor, out: Tensor, backward: bo
     Args: x (B, T, I), w (O, I), p and out (B, T, O).
     """
     M, N, K = TILE
+    part, stages = (N // 2, 3) if backward else (N // 4, 4)     # all that fits on the chip
     x, p, out = (t.flatten(0, 1) for t in (x, p, out))
     count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    tiles = (x, [M, K]), (w, [N, K]), (p, [M, N // 2]), (out, [M, N // 2])
+    tiles = (x, [M, K]), (w, [N, K]), (p, [M, part]), (out, [M, part])
     product_kernel[(count,)](
         *(TensorDescriptor.from_tensor(*tile) for tile in tiles), len(x), *w.shape, backward, *TILE,
-        count, num_warps=8, num_stages=3 if backward else 4)    # stages: all that fit on the chip
+        part, count, num_warps=8, num_stages=stages)
 
 
 class FusedMLP(torch.autograd.Function):
@@ -2810,8 +2814,9 @@ class FusedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        p = x.new_empty(*x.shape[:2], len(up))              # before the activation
-        h = torch.empty_like(p)                             # after it
+        h = x.new_empty(*x.shape[:2], len(up))              # after the activation
+        # What stands before it is kept for its slope alone: eight bits will do (bench/RESULTS.md).
+        p = torch.empty_like(h, dtype=torch.float8_e4m3fn)
         activated_product(x, up, p, h, backward=False)
         ctx.save_for_backward(x, up, down, p, h)
         return F.linear(h, down)
@@ -2819,7 +2824,7 @@ class FusedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, up, down, p, h = ctx.saved_tensors
-        grad, dp = grad.contiguous(), torch.empty_like(p)
+        grad, dp = grad.contiguous(), torch.empty_like(h)
         activated_product(grad, down.T.contiguous(), p, dp, backward=True)
         rows = lambda t: t.flatten(0, 1)
         return dp @ up, rows(dp).T @ rows(x), rows(grad).T @ rows(h)

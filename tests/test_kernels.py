@@ -4,6 +4,9 @@ Run alone: python -m pytest -q tests/test_kernels.py
 Triton's interpreter runs the kernels here, so that no GPU is needed; see conftest.py.  It has no
 bfloat16, so float16 takes its place.
 """
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +22,33 @@ from conftest import PARTS, ROOT, imported  # noqa: E402
 from train_gpt import (  # noqa: E402
     Activation, Config, FusedExclusion, FusedHeads, FusedMLP, exclude_self, kernels_fit,
     split_heads)
+
+# Compiles the products of the MLP for an H100, without one; prints the bytes of its fast memory
+# that each takes.
+COMPILE = """
+import torch, train_gpt
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+kernel, calls = train_gpt.product_kernel, []
+class Recorder:
+    def __getitem__(self, grid):
+        return lambda *args, **options: calls.append((args, options))
+train_gpt.product_kernel = Recorder()
+shapes = (1, 128, 512), (2048, 512), (512, 2048)
+x, up, down = (torch.zeros(s, dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+train_gpt.FusedMLP.apply(x, up, down).sum().backward()
+kinds = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}
+for args, options in calls:
+    signature, constants = {}, {}
+    for p, value in zip(kernel.params, args, strict=True):
+        signature[p.name] = "i32"
+        if p.is_constexpr:
+            signature[p.name], constants[p.name] = "constexpr", value
+        elif hasattr(value, "block_shape"):
+            signature[p.name] = f"tensordesc<{kinds[value.base.dtype]}{value.block_shape}>"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    print(compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared)
+"""
 
 pytestmark = pytest.mark.filterwarnings(        # of the interpreter about NumPy
     "ignore:Conversion of an array:DeprecationWarning")
@@ -42,9 +72,19 @@ def assert_near(ours: Tensor, twin: Tensor, relative: float):
     assert (ours.double() - twin).norm() <= relative * twin.double().norm()
 
 
+@pytest.fixture
+def all_bits(monkeypatch):
+    """The MLP's kernels keep all bits of what stands before the activation.
+
+    Where a mantissa carries over, the interpreter rounds to eight bits wrongly, as a GPU does not:
+    test_gpu.py has that rounding.
+    """
+    monkeypatch.setattr(torch, "float8_e4m3fn", torch.float32)
+
+
 @pytest.mark.parametrize("dtype,relative", PRECISIONS)
 @pytest.mark.parametrize("B, T, C, O", MATRICES)
-def test_the_mlp_equals_its_twin(B, T, C, O, dtype, relative):  # noqa: E741
+def test_the_mlp_equals_its_twin(all_bits, B, T, C, O, dtype, relative):  # noqa: E741
     """Outputs and all gradients; tokens that fill no tile, several tiles each way."""
     shapes = (B, T, C), (O, C), (C, O)
     args = [torch.randn(shape).mul(0.5).to(dtype).requires_grad_() for shape in shapes]
@@ -115,7 +155,7 @@ def loss_and_gradients(module, fused: bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("program", ["train_gpt.py", "packed/train_gpt.py"])
-def test_a_model_with_kernels_is_the_model(program):
+def test_a_model_with_kernels_is_the_model(all_bits, program):
     """Loss and every gradient; also of the packed program, as Triton reads the source."""
     with imported(ROOT / program) as module:
         ours, twin = (loss_and_gradients(module, fused) for fused in (True, False))
@@ -143,3 +183,13 @@ def test_kernels_run_where_they_fit(monkeypatch, kib, settings, fit):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     dist = SimpleNamespace(on_cuda=True, device="cuda:0")
     assert kernels_fit(Config(**settings), dist) == fit
+
+
+def test_the_products_fit_on_a_chip(tmp_path):
+    """Compiled for an H100, without one, they need no more memory than `kernels_fit` asks for."""
+    env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    env |= dict(PYTHONPATH=str(ROOT), TRITON_CACHE_DIR=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sizes = [int(line) for line in done.stdout.split()]
+    assert len(sizes) == 2 and max(sizes) <= 227 << 10, sizes
