@@ -1718,6 +1718,10 @@ class Schedule:
         horizon = share * self.expected_steps
         return 1 - 1 / horizon if horizon > 1 else 0.0
 
+    def average_every(self, step: int) -> int:
+        """Steps between two updates of the averages: to a long one each fourth step says enough."""
+        return 4 if min(step, self.TRAIL * self.expected_steps) >= 64 else 1
+
 
 # ------------------------------------------------------------------------------------------------
 # Quantization: round each matrix to a few bits, pushing every column's error into later columns
@@ -2543,10 +2547,12 @@ class TrainState:
         forward_backward(self.run, rows, self.looped)
         for optimizer in self.optimizers.values():
             optimizer.step(schedule.lr_scale(progress), schedule.momentum(self.step))
-        if schedule.cfg.lookahead:
-            self.trail.lerp_(weights, 1 - schedule.decay(schedule.TRAIL))
-        self.ema.lerp_(weights, 1 - schedule.decay(schedule.cfg.ema_horizon_frac))
         self.step += 1
+        every = schedule.average_every(self.step)
+        if self.step % every == 0:
+            if schedule.cfg.lookahead:
+                self.trail.lerp_(weights, 1 - schedule.decay(schedule.TRAIL) ** every)
+            self.ema.lerp_(weights, 1 - schedule.decay(schedule.cfg.ema_horizon_frac) ** every)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state by name, not copied."""

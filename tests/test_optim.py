@@ -419,6 +419,30 @@ def test_average_remembers_a_part_of_the_run(make_cfg, frac, steps, decay):
     assert Schedule(make_cfg(), steps, True).decay(frac) == pytest.approx(decay)
 
 
+@pytest.mark.parametrize("steps", [1, 628, 2133, 2134, 100_000])
+def test_averages_see_enough_of_a_run(make_cfg, steps):
+    """16 samples or more within the shorter horizon, or every step, as at the start of any run."""
+    every = Schedule(make_cfg(), steps, True).average_every
+    assert every(1) == every(63) == 1
+    assert every(64) == every(4000) == (4 if steps >= 2134 else 1)
+    assert every(4000) == 1 or 16 * every(4000) <= Schedule.TRAIL * steps
+
+
+def test_average_of_every_fourth_step(make_cfg, make_run):
+    """It forgets as fast as one that sees every step."""
+    run = make_run(make_cfg(ema_horizon_frac=0.004, lookahead=0.5))
+    rows, state = torch.randint(run.cfg.vocab_size, (8, 33)), TrainState(run, 10_000, True)
+    state.step = 64
+    before = run.flat.data.clone()
+    for _ in range(4):
+        assert torch.equal(state.ema, before) and torch.equal(state.trail, before)
+        state.train_step(rows, 0.0)
+    for average, horizon in (state.ema, 40), (state.trail, 300):
+        d = (1 - 1 / horizon) ** 4
+        expected = d * before + (1 - d) * run.flat.data
+        torch.testing.assert_close(average, expected, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("frac", [0.0, 0.4])
 def test_average_of_the_weights_in_closed_form(make_cfg, make_run, frac):
     """After n steps it is d^n w0 + (1 - d) sum d^(n-i) wi; without a horizon, the last weights."""
