@@ -1257,7 +1257,7 @@ class Attention(nn.Module):
         if self.value_gain is not None:                     # before XSA, which excludes this too
             v = v + self.value_gain.to(x.dtype) * ctx.values
         y = ctx.attend(q, k, v, self.windowed)                          # (B, T, H, D)
-        gate = None if self.head_gate is None else channel_gate(0.5 * x, self.head_gate)    # #1855
+        gate = None if self.head_gate is None else channel_gate(x, 0.5 * self.head_gate)    # #1855
         if self.xsa:
             y = (FusedExclusion.apply if ctx.fused else exclude_self)(y, v, gate)
         elif gate is not None:
@@ -1303,6 +1303,12 @@ class MLP(nn.Module):
         return self.proj(Activation.apply(self.fc(x, ctx)), ctx, scale)
 
 
+def weighted_sum(w: Tensor, *inputs: Tensor) -> Tensor:
+    """Sum of n inputs (B, T, C), each times its entry of w (n,) or its row of w (n, C)."""
+    first, *rest = (row.to(x.dtype) * x for row, x in zip(w, inputs))
+    return sum(rest, first)
+
+
 class Block(nn.Module):
     """One transformer layer on a mix of the residual stream and the embedding it began as."""
 
@@ -1320,22 +1326,33 @@ class Block(nn.Module):
             self.lane_keep = param(torch.full((2,), 1.1), "scalar")     # 1.1: #1529
             self.lane_add = param(torch.ones(2, 2), "scalar")           # from (attn, MLP) to lanes
 
-    def forward(self, x: Tensor, lane: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, lane: Tensor | None, ctx: Context,
+                skip: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
         """The next residual stream (B, T, C) from x (B, T, C), and the second lane if there is one.
 
-        Parallel layers feed attention and MLP from one norm, GPT-J style; others feed the MLP from
-        the output of attention.  With two lanes (#1529) attention reads the first and the MLP the
-        second, and both write to both.
+        A skip, with weights (2, C) of x and of itself, joins x first.  Parallel layers feed
+        attention and MLP from one norm, GPT-J style; others feed the MLP from the output of
+        attention.  With two lanes (#1529) attention reads the first and the MLP the second, and
+        both write to both.
         """
-        mix = self.resid_mix.to(x.dtype)
-        h = mix[0] * x + mix[1] * ctx.x0
+        mix, inputs = self.resid_mix, (x, ctx.x0)
+        if skip:
+            weights, earlier = skip
+            if self.two_lanes:                              # the first lane is needed by itself
+                x = weighted_sum(weights, x, earlier)
+                inputs = x, ctx.x0
+            else:                                           # one pass over memory for both sums
+                mix, inputs = torch.cat([mix[:1] * weights, mix[1:]]), (x, earlier, ctx.x0)
+        h = weighted_sum(mix, *inputs)
         n = rms_norm(h) * self.ln_scale
-        a = self.attn(n, ctx, self.attn_scale)
         if self.two_lanes:
+            # The MLP first: the other way round the compiler keeps a lane in fp32 for its norm.
             m = self.mlp(rms_norm(lane) * self.ln_scale, ctx, self.mlp_scale)
+            a = self.attn(n, ctx, self.attn_scale)
             keep, add = self.lane_keep.to(x.dtype), self.lane_add.to(x.dtype)
             return (keep[0] * x + add[0, 0] * a + add[1, 0] * m,
                     keep[1] * lane + add[0, 1] * a + add[1, 1] * m)
+        a = self.attn(n, ctx, self.attn_scale)
         u = h + a
         if not self.parallel:
             n = rms_norm(u) * self.ln_scale
@@ -1384,15 +1401,6 @@ def layer_schedule(cfg: Config, looped: bool) -> tuple[list[int], list[int]]:
         end = cfg.loop_end + 1
         layers = layers[:end] + cfg.num_loops * layers[cfg.loop_start:end] + layers[end:]
     return layers[:len(layers) // 2], layers[len(layers) // 2:]
-
-
-def merge_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
-    """Blend a skip, scaled by `weight` (C,), into x (B, T, C): a lerp by the gate, or a sum."""
-    if gate is None:
-        return x + weight.to(x.dtype) * skip
-    # As two scaled terms, whose gradients are two plain sums: 1 % of a step (bench/RESULTS.md).
-    keep = gate.sigmoid()
-    return keep.to(x.dtype) * x + ((1 - keep) * weight).to(x.dtype) * skip
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
@@ -1510,16 +1518,18 @@ class GPT(nn.Module):
         skip weights; a row's meaning changes at that moment, as in #1493.
         """
         encoder, decoder = layer_schedule(self.cfg, looped)
-        weights, skips, lane = self.skip_weights.unbind(), [], None     # unbind: one gradient each
-        gates = [None] * len(weights) if self.skip_gates is None else self.skip_gates.unbind()
+        weights, keep, skips, lane = self.skip_weights, torch.ones_like(self.skip_weights), [], None
+        if self.skip_gates is not None:
+            keep = self.skip_gates.sigmoid()
+            weights = (1 - keep) * weights
+        weights = torch.stack([keep, weights], 1).unbind()              # unbind: one gradient each
         for i in encoder:
             x, _ = self.layers[i](x, None, ctx)
             skips.append(x)
         for j, i in enumerate(decoder):
-            lane = x if lane is None else lane
-            if skips:                                       # skips reach the first lane only
-                x = merge_skip(x, skips.pop(), weights[j], gates[j])
-            x, lane = self.layers[i](x, lane, ctx)
+            lane = x if lane is None else lane              # skips reach the first lane only
+            skip = (weights[j], skips.pop()) if skips else None
+            x, lane = self.layers[i](x, lane, ctx, skip)
         return x if lane is None else 0.5 * (x + lane)
 
     def per_token_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
