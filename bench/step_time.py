@@ -193,10 +193,10 @@ def layer_elements(cfg: Config, layer: int) -> int:
         2 * C * gated,                  # gate: y -> y
         2 * C if two_lanes else         # norm: lane -> n
         3 * C + C * serial,             # h, attention's output -> u, and n of u
-        M,                              # leaky ReLU, written beside its square
+        M // 2,                         # leaky ReLU, in eight bits, written beside its square
         3 * C + 3 * C * two_lanes)      # u, MLP's output -> x; both lanes, both outputs -> lanes
     backward = (
-        M,                              # leaky ReLU, read where its gradient is made
+        M // 2,                         # leaky ReLU, read where its gradient is made
         4 * C * serial,                 # norm of u: dn, u, dx -> du
         12 * C * two_lanes,             # lanes, outputs and their slopes; norm of the lane
         3 * C * gated,                  # gate: dy, y -> dy
@@ -214,7 +214,8 @@ def rest_bytes(bench: "Bench", looped: bool) -> int:
     cfg, flat, size = bench.run.cfg, bench.run.flat, bench.dist.dtype.itemsize
     encoder, decoder = train_gpt.layer_schedule(cfg, looped)
     elements = sum(layer_elements(cfg, i) for i in encoder + decoder)
-    elements += len(encoder) * 9 * cfg.model_dim  # x, skip -> x; dx, x, skip -> both; one more sum
+    # A skip is one more term of a mix: read, read for its weight, its gradient written and added.
+    elements += len(encoder) * 5 * cfg.model_dim
     # Each matrix is read and cast for its products; its gradient is read, cast and added to the
     # flat one, once per micro-batch.
     casts = len(flat.part(flat.data, "muon")) * (4 + size + size + 8)
