@@ -268,12 +268,12 @@ RECIPES = {
     "solo": dict(GOLF, num_loops=0, train_batch_tokens=65536),
     "demo": dict(
         dataset="demo_sp1024", vocab_size=1024, seq_len=256, num_layers=4, model_dim=128,
-        num_heads=4, num_kv_heads=2, num_loops=0, xsa_last_n=4, parallel_residual_start=3,
-        smear_channels=12, head_gate_channels=12, two_lanes=1, max_wallclock_seconds=90.0,
-        train_batch_tokens=1024, warmup_steps=3, warmdown_frac=0.85, min_lr=0.05,
-        tied_embed_lr=0.06, matrix_lr=0.02, beta2=0.99, muon_momentum=0.95,
-        muon_momentum_warmup_frac=0.15, code_step=0.45, embed_step=0.0, gptq_damping=0.1,
-        ttt_documents=True, ttt_lr=1.4, ttt_chunk_tokens=32),
+        num_heads=4, num_kv_heads=2, num_loops=0, qk_gain_init=2.0, xsa_last_n=4,
+        parallel_residual_start=3, smear_channels=12, head_gate_channels=12, two_lanes=1,
+        max_wallclock_seconds=90.0, train_batch_tokens=1024, warmup_steps=3, warmdown_frac=0.85,
+        min_lr=0.05, tied_embed_lr=0.06, matrix_lr=0.02, scalar_lr=0.03, beta2=0.99,
+        muon_momentum=0.95, muon_momentum_warmup_frac=0.15, code_step=0.45, embed_step=0.0,
+        gptq_damping=0.1, ttt_documents=True, ttt_lr=1.4, ttt_chunk_tokens=32),
 }
 
 # Names that the challenge's own scripts read, with the setting that does their work here.
