@@ -1304,7 +1304,7 @@ class MLP(nn.Module):
 
 
 def weighted_sum(w: Tensor, *inputs: Tensor) -> Tensor:
-    """Sum of n inputs (B, T, C), each times its entry of w (n,) or its row of w (n, C)."""
+    """Sum of inputs (B, T, C), each times its row of w (n, C)."""
     first, *rest = (row.to(x.dtype) * x for row, x in zip(w, inputs))
     return sum(rest, first)
 
@@ -1522,7 +1522,7 @@ class GPT(nn.Module):
         if self.skip_gates is not None:
             keep = self.skip_gates.sigmoid()
             weights = (1 - keep) * weights
-        weights = torch.stack([keep, weights], 1).unbind()              # unbind: one gradient each
+        weights = torch.stack([keep, weights], 1).unbind()  # (2, C) of stream and skip, for each
         for i in encoder:
             x, _ = self.layers[i](x, None, ctx)
             skips.append(x)
