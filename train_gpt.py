@@ -1335,24 +1335,22 @@ class Block(nn.Module):
         attention.  With two lanes (#1529) attention reads the first and the MLP the second, and
         both write to both.
         """
+        if skip and self.two_lanes:                         # the first lane is needed by itself
+            x, skip = weighted_sum(skip[0], x, skip[1]), None
         mix, inputs = self.resid_mix, (x, ctx.x0)
-        if skip:
+        if skip:                                            # one pass over memory for both sums
             weights, earlier = skip
-            if self.two_lanes:                              # the first lane is needed by itself
-                x = weighted_sum(weights, x, earlier)
-                inputs = x, ctx.x0
-            else:                                           # one pass over memory for both sums
-                mix, inputs = torch.cat([mix[:1] * weights, mix[1:]]), (x, earlier, ctx.x0)
+            mix, inputs = torch.cat([mix[:1] * weights, mix[1:]]), (x, earlier, ctx.x0)
         h = weighted_sum(mix, *inputs)
         n = rms_norm(h) * self.ln_scale
         if self.two_lanes:
-            # The MLP first: the other way round the compiler keeps a lane in fp32 for its norm.
+            # Before attention: after it the compiler would keep the lane in fp32 for its norm.
             m = self.mlp(rms_norm(lane) * self.ln_scale, ctx, self.mlp_scale)
-            a = self.attn(n, ctx, self.attn_scale)
+        a = self.attn(n, ctx, self.attn_scale)
+        if self.two_lanes:
             keep, add = self.lane_keep.to(x.dtype), self.lane_add.to(x.dtype)
             return (keep[0] * x + add[0, 0] * a + add[1, 0] * m,
                     keep[1] * lane + add[0, 1] * a + add[1, 1] * m)
-        a = self.attn(n, ctx, self.attn_scale)
         u = h + a
         if not self.parallel:
             n = rms_norm(u) * self.ln_scale
@@ -1518,11 +1516,13 @@ class GPT(nn.Module):
         skip weights; a row's meaning changes at that moment, as in #1493.
         """
         encoder, decoder = layer_schedule(self.cfg, looped)
-        weights, keep, skips, lane = self.skip_weights, torch.ones_like(self.skip_weights), [], None
-        if self.skip_gates is not None:
-            keep = self.skip_gates.sigmoid()
-            weights = (1 - keep) * weights
-        weights = torch.stack([keep, weights], 1).unbind()  # (2, C) of stream and skip, for each
+        skips, lane, add = [], None, self.skip_weights
+        if self.skip_gates is None:
+            keep = torch.ones_like(add)                     # a skip is added
+        else:
+            keep = self.skip_gates.sigmoid()                # or blended in
+            add = (1 - keep) * add
+        weights = torch.stack([keep, add], 1).unbind()      # (2, C) of stream and skip, for each
         for i in encoder:
             x, _ = self.layers[i](x, None, ctx)
             skips.append(x)
