@@ -330,8 +330,8 @@ def test_settings_of_torch_are_restored():
 # ------------------------------------------------------------------------------------------------
 
 def test_a_long_text_comes_back_and_costs_its_score(fresh, artifact, capsys):
-    """4,000 bytes over chunks that are learnt from: the code is as long as the score says."""
-    text = english(4000)
+    """5,000 bytes over chunks that are learnt from: the code is as long as the score says."""
+    text = english(5000)
     found = use_artifact.measure(fresh, text)
     assert found.tokens / SMALL["ttt_chunk_tokens"] > 4 and not found.problem
     assert abs(found.excess) < 0.001 * found.bits + 32      # the coder writes words of 32 bits
@@ -340,8 +340,8 @@ def test_a_long_text_comes_back_and_costs_its_score(fresh, artifact, capsys):
     assert re.search(r"decodes +yes +byte for byte", out) and "fine" in out
     assert re.search(rf"gzip -9 +{len(gzip.compress(text, 9)):,} bytes", out)
     assert re.search(rf"model.golf +{artifact.stat().st_size:,} bytes", out)
-    # Learning pays here, by more than a word of the coder: frozen weights cannot code as shortly.
-    assert len(found.blob) + 4 < len(compress(fresh(ttt_enabled=False), text))
+    # Learning pays here, so a code this short cannot come from frozen weights.
+    assert len(found.blob) < 0.99 * len(compress(fresh(ttt_enabled=False), text))
 
 
 HEADS = dict(ttt_documents=True, ttt_chunk_tokens=4, ttt_lr=1.0, ttt_attention=0.02)
